@@ -1,0 +1,191 @@
+"""What every algorithm is handed: a model, perhaps a guide, their starts, the rows, and where progress goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lvmppl.density import Joint, Program, Rows, Structure, Values, build_guide, discover, num_rows
+from lvmppl.errors import InputError, IntractableError, ModelError
+
+
+class Progress(Protocol):
+    """Where a fit reports its steps; `update` is called at every step and must be cheap."""
+
+    def start(self, fit: str, restart: int, total: int) -> None: ...
+    def update(self, step: int, objective: float) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+class Silent:
+    """Progress that goes nowhere."""
+
+    def start(self, fit: str, restart: int, total: int) -> None: ...
+    def update(self, step: int, objective: float) -> None: ...
+    def finish(self, status: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model and guide bound to their data. `initial` holds the start of θ and λ, constrained."""
+
+    name: str
+    model: Joint
+    guided: Joint | None
+    data: Mapping[str, Tensor]
+    initial: Mapping[str, Tensor]
+    seed: int = 0
+    frozen: tuple[str, ...] = ()
+    guide_name: str | None = None
+    progress: Progress = field(default_factory=Silent)
+
+    @property
+    def num_rows(self) -> int:
+        return num_rows(self.data)
+
+    @property
+    def data_plate(self) -> str | None:
+        return self.model.structure.data_plate
+
+    @property
+    def theta(self) -> tuple[str, ...]:
+        return tuple(self.model.structure.parameters)
+
+    @property
+    def free_theta(self) -> tuple[str, ...]:
+        return tuple(n for n in self.theta if n not in self.frozen)
+
+    @property
+    def lambda_(self) -> tuple[str, ...]:
+        structure = self.guided.guide_structure if self.guided else None
+        if structure is None:
+            return ()
+        return tuple(n for n in structure.parameters if n not in self.model.structure.parameters)
+
+    @property
+    def free_lambda(self) -> tuple[str, ...]:
+        return tuple(n for n in self.lambda_ if n not in self.frozen)
+
+    def rows(self, indices: Tensor | None = None) -> tuple[Mapping[str, Tensor], Rows]:
+        """The data of a batch (all rows when `indices` is None) and what the batch stands for."""
+        if indices is None:
+            return self.data, Rows(self.num_rows)
+        return {k: v[indices] for k, v in self.data.items()}, Rows(self.num_rows, indices)
+
+
+def build_problem(
+    name: str,
+    model: Callable[..., Any],
+    data: Values,
+    *,
+    guide: Callable[..., Any] | None = None,
+    guide_takes_model: bool = False,
+    guide_args: Mapping[str, Any] | None = None,
+    guide_name: str | None = None,
+    data_plate: str | None = None,
+    start: Values | None = None,
+    frozen: Sequence[str] = (),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Problem:
+    """Trace the model (and guide) once and bind them to the data.
+
+    start: values that replace the model's or guide's own start, by name. A guide that `guide_takes_model` is built here,
+    once, from the model and `guide_args`.
+
+    Raises:
+        ModelError: the model or guide raises or breaks the contract, or their sites do not match.
+        InputError: names in `frozen` or `start` that nothing has.
+    """
+    program = Program(model, "model")
+    structure = discover(program, data, data_plate)
+    _check_observed(structure)
+    guided = None
+    initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}
+    if guide is not None:
+        built = build_guide(guide, model, structure, **(guide_args or {})) if guide_takes_model else guide
+        guide_program = Program(built, "guide")
+        guide_structure = discover(guide_program, data, model=structure)
+        check_guide(structure, guide_structure)
+        guided = Joint(program, structure, guide_program, guide_structure)
+        for key, spec in guide_structure.parameters.items():
+            initial.setdefault(key, spec.initial)
+    for key, value in (start or {}).items():
+        if key in initial and initial[key].shape == value.shape:
+            initial[key] = value.detach().clone()
+        elif key in structure.parameters:
+            raise InputError(
+                f"start of parameter '{key}'", f"shape {tuple(initial[key].shape)}", f"shape {tuple(value.shape)}"
+            )
+    unknown = [n for n in frozen if n not in initial]
+    if unknown:
+        raise InputError("freeze", f"parameters of the model or guide ({', '.join(initial)})", ", ".join(unknown))
+    joint = Joint(program, structure)
+    return Problem(
+        name, joint, guided, data, initial, seed, tuple(frozen), guide_name, progress if progress else Silent()
+    )
+
+
+def _check_observed(structure: Structure) -> None:
+    if not any(s.kind == "observed" for s in structure.sites.values()):
+        raise ModelError(
+            "model", "at least one observed site", "none", "pass the data to pyro.sample(..., obs=x) or pyro.factor"
+        )
+
+
+def check_guide(model: Structure, guide: Structure) -> None:
+    """Model and guide must speak of the same latent sites, with the same plates.
+
+    Raises:
+        ModelError: a guide site the model lacks or observes, a latent site that is neither in the guide nor enumerated,
+            or plates that differ.
+    """
+    for name, site in guide.sites.items():
+        if name in model.sites and model.sites[name].kind == "observed":
+            raise ModelError(f"guide site '{name}'", "a latent site of the model", "one that the model observes")
+        if name not in model.sites and not _is_auxiliary(name, site.family):
+            latents = ", ".join(model.latents) or "none"
+            raise ModelError(
+                f"guide site '{name}'", f"a latent site of the model ({latents})", "a site that the model lacks"
+            )
+        if name in model.sites and set(site.plates) != set(model.sites[name].plates):
+            raise ModelError(
+                f"guide site '{name}'",
+                f"the plates it has in the model ({', '.join(model.sites[name].plates) or 'none'})",
+                ", ".join(site.plates) or "none",
+            )
+        if name in model.sites and site.event_shape != model.sites[name].event_shape:
+            raise ModelError(
+                f"guide site '{name}'",
+                f"the event shape it has in the model, {model.sites[name].event_shape}",
+                f"{site.event_shape}",
+                "mind .to_event",
+            )
+    for name, site in model.sites.items():
+        if site.kind == "latent" and name not in guide.sites:
+            raise ModelError(
+                f"model site '{name}'",
+                "a site of the same name in the guide",
+                f"a guide with {', '.join(guide.sites) or 'no sites'}",
+                "add it to the guide, or mark it infer={'enumerate': 'parallel'} if it is discrete",
+            )
+
+
+def _is_auxiliary(name: str, family: str) -> bool:
+    return name.startswith("_")
+
+
+def require_enumerated(problem: Problem, algorithm: str) -> None:
+    """Exact algorithms need every latent site enumerated.
+
+    Raises:
+        IntractableError: names the sites in the way.
+    """
+    open_sites = [s for s in problem.model.structure.sites.values() if s.kind == "latent"]
+    if open_sites:
+        listing = ", ".join(f"{s.name} ({s.family})" for s in open_sites)
+        fix = "mark finite discrete sites infer={'enumerate': 'parallel'}; otherwise use vem or svi with a guide"
+        raise IntractableError(f"fit '{problem.name}', algorithm {algorithm}", "only enumerated latent sites", listing, fix)

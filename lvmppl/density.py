@@ -1,0 +1,671 @@
+"""A Pyro model (and guide) as factor functions: the one place that speaks to Pyro's effect handlers.
+
+A model p(x, z; θ) is traced once to learn its structure (`discover`); after that `evaluate` maps (θ, rows) to
+log-factors f_s with named axes: the name of each enumerated site and of each plate an axis belongs to. The exact
+engine, EM, gradient ascent and the ELBO all work on these factors and never see a Pyro trace.
+
+θ and λ are plain dictionaries of constrained tensors that are handed in; Pyro's parameter store is not used. Inside
+the data plate a `pyro.param(name, init, event_dim=e)` is a table with a row per datum, of which the batch's rows are
+returned (DESIGN: rows are handed in, indices never are).
+
+Shapes: N rows of data, B rows of a batch; enumerated axes stand left of plate axes.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import constraints, transform_to
+from torch.distributions.constraints import Constraint
+
+from lvmppl.errors import InputError, ModelError
+from lvmppl.families import log_density
+
+Values = Mapping[str, Tensor]
+"""Constrained parameter values by name."""
+
+_SPARE_NESTING = 12  # plate axes reserved in the first trace, before the real nesting is known
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of the data plate are handed in: all of them, or a batch of B given by its indices."""
+
+    total: int
+    indices: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.total if self.indices is None else len(self.indices)
+
+    @property
+    def scale(self) -> float:
+        """N / B: the weight that makes a batch an unbiased stand-in for all rows."""
+        return self.total / self.size
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """A parameter as first seen: its constraint, its start (constrained) and, for a per-datum table, its row axis."""
+
+    name: str
+    constraint: Constraint
+    initial: Tensor
+    row_axis: int | None = None  # negative axis of the data plate in the tensor, None for a global parameter
+
+    @property
+    def is_table(self) -> bool:
+        return self.row_axis is not None
+
+    def rows_of(self, values: Tensor, rows: Rows) -> Tensor:
+        if self.row_axis is None or rows.indices is None:
+            return values
+        return values.index_select(self.row_axis, rows.indices)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An enumerated discrete site: its support (one entry a state) and the plates it stands in."""
+
+    name: str
+    plates: tuple[str, ...]
+    support: Tensor  # [K, *event]
+
+    @property
+    def size(self) -> int:
+        return len(self.support)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One log-factor: `log_prob` with axes named by `dims` (enumerated sites, then plates); axes of size 1 are dropped.
+
+    A plate in `plates` without an axis in `dims` means that the factor is constant along it.
+    """
+
+    site: str
+    log_prob: Tensor
+    dims: tuple[str, ...]
+    plates: frozenset[str]
+    scale: float | Tensor = 1.0  # a tensor is aligned with `scale_dims`
+    scale_dims: tuple[str, ...] = ()
+    observed: bool = False
+
+
+@dataclass(frozen=True)
+class SiteInfo:
+    """A sample site as the first trace showed it."""
+
+    name: str
+    kind: str  # "observed", "enumerated", "latent"
+    plates: tuple[str, ...]
+    family: str
+    event_shape: tuple[int, ...]
+    discrete: bool
+    reparameterised: bool
+    support: Any = None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What one trace taught of a program: parameters, sites, plates and where the data plate stands."""
+
+    parameters: Mapping[str, ParameterSpec]
+    sites: Mapping[str, SiteInfo]
+    plates: Mapping[str, int]  # size by name
+    plate_axes: Mapping[str, int]
+    nesting: int
+    data_plate: str | None
+    num_rows: int
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.sites.values() if s.kind != "observed")
+
+    @property
+    def enumerated(self) -> tuple[str, ...]:
+        return tuple(s.name for s in self.sites.values() if s.kind == "enumerated")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The log-factors of one pass of the model (and of the guide) at given θ, λ and rows."""
+
+    factors: tuple[Factor, ...]
+    guide_factors: tuple[Factor, ...]
+    variables: Mapping[str, Variable]
+    guide_variables: frozenset[str]  # enumerated by the guide; the model's others are summed exactly
+    plate_sizes: Mapping[str, int]
+    samples: Mapping[str, Tensor] = field(default_factory=dict)  # drawn values of the guide's continuous sites
+    score_factors: tuple[Factor, ...] = ()  # log q of drawn sites that have no reparameterised gradient
+
+
+# ---------------------------------------------------------------------------------------------------- programs
+
+
+class Program:
+    """A model or guide as a callable of the data tensors, its module's weights (if any) handed in by name.
+
+    `function` is called with the data as keywords. A `torch.nn.Module` contributes `<prefix>.<dotted name>` for each
+    of its own parameters, and keeps its own tensors untouched.
+    """
+
+    def __init__(self, function: Callable[..., Any], role: str) -> None:
+        self.function = function
+        self.role = role
+        self.module = function if isinstance(function, nn.Module) else None
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The module's own nn.Parameters (PyroParams excepted: those come as parameter statements)."""
+        if self.module is None:
+            return {}
+        return {
+            f"{self.role}.{name}": p
+            for name, p in self.module.named_parameters()
+            if p.requires_grad and not name.endswith("_unconstrained")
+        }
+
+    def __call__(self, data: Values, values: Values) -> None:
+        try:
+            if self.module is None:
+                self.function(**data)
+            else:
+                swapped = {name: values[f"{self.role}.{name}"] for name in self._weight_names(values)}
+                torch.func.functional_call(self.module, swapped, args=(), kwargs=dict(data))
+        except (InputError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise _as_model_error(self.role, self.function, error) from error
+
+    def _weight_names(self, values: Values) -> Iterator[str]:
+        prefix = f"{self.role}."
+        assert self.module is not None
+        own = dict(self.module.named_parameters())
+        return (name[len(prefix) :] for name in values if name.startswith(prefix) and name[len(prefix) :] in own)
+
+
+def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -> ModelError:
+    """The user's own error with its file and line: the last frame outside Pyro, torch and this package's engine."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = ("/lvmppl/density.py", "/site-packages/pyro/", "/site-packages/torch/", "/contextlib.py", "/lvmppl/families.py")
+    outside = [f for f in frames if not any(part in f.filename for part in ours)]
+    place = f"{outside[-1].filename}:{outside[-1].lineno}" if outside else "its own code"
+    name = getattr(function, "__name__", type(function).__name__)
+    detail = " ".join(str(error).split())
+    return ModelError(
+        f"{role} '{name}' at {place}",
+        f"a {role} that runs on these data",
+        f"{type(error).__name__}: {detail[:600]}",
+        f"mend the {role} there (`lvmppl check` runs it once without fitting)",
+    )
+
+
+class _Parameters(Messenger):
+    """Answers every parameter statement from `values`; unknown names are recorded with their own start."""
+
+    def __init__(self, values: Values, specs: Mapping[str, ParameterSpec], rows: Rows, data_plate: str | None) -> None:
+        super().__init__()
+        self.values, self.specs, self.rows, self.data_plate = values, specs, rows, data_plate
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.values:
+            spec = self.specs[name]
+            value = self.values[name]
+            if spec.is_table and self.rows.indices is not None and value.shape[spec.row_axis] != self.rows.size:
+                value = spec.rows_of(value, self.rows)
+            msg["value"] = value
+            msg["done"] = True
+
+
+class _Discovery(Messenger):
+    """Records parameters at their first statement, with the plates they stand in, and answers with their start."""
+
+    def __init__(self, weights: Values) -> None:
+        super().__init__()
+        self.own = {id(w) for w in weights.values()}  # a module's weights are announced too; they are known already
+        self.found: dict[str, tuple[Constraint, int | None, Tensor, tuple[Any, ...]]] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.found:
+            msg["value"], msg["done"] = self.found[name][2], True
+            return
+        if len(msg["args"]) > 1 and id(msg["args"][1]) in self.own:
+            return
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if len(msg["args"]) > 1:
+            start = msg["args"][1]
+            start = start() if callable(start) and not isinstance(start, Tensor) else start
+        else:
+            start = msg["fn"](*msg["args"], **msg["kwargs"])
+        if not isinstance(start, Tensor):
+            raise TypeError(f"pyro.param('{name}') starts from a {type(start).__name__}, not a tensor")
+        start = start.detach().clone()
+        _check_start(name, constraint, start)
+        self.found[name] = (constraint, msg["kwargs"].get("event_dim"), start, tuple(msg["cond_indep_stack"]))
+        msg["value"], msg["done"] = start, True
+
+
+def _check_start(name: str, constraint: Constraint, start: Tensor) -> None:
+    if start.is_floating_point() and not bool(torch.isfinite(start).all()):
+        raise ValueError(f"pyro.param('{name}') starts from values that are not finite")
+    if not bool(constraint.check(start).all()):
+        raise ValueError(f"pyro.param('{name}') starts outside its constraint {constraint}")
+
+
+class _Enumerate(Messenger):
+    """Marks the guide's finite discrete sites for exact enumeration unless the user said otherwise."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("enumerate") is not None:
+            return
+        if getattr(msg["fn"], "has_enumerate_support", False) and not msg["infer"].get("is_auxiliary"):
+            msg["infer"]["enumerate"] = "parallel"
+
+
+@contextmanager
+def _swapped_modules(values: Values) -> Iterator[None]:
+    """Within the block `pyro.module(name, net)` computes with the tensors in `values`; `net` gets its own back after.
+
+    Pyro ties such parameters to the module by identity in its global store, which this library never uses.
+    """
+    original = pyro.module
+    undo: list[tuple[nn.Module, str, Any]] = []
+
+    def module(name: str, nn_module: nn.Module, update_module_params: bool = False) -> nn.Module:
+        result: nn.Module = original(name, nn_module)
+        for dotted, _ in list(nn_module.named_parameters()):
+            full = f"{name}$$${dotted}"
+            if full in values:
+                owner_path, _, leaf = dotted.rpartition(".")
+                owner = nn_module.get_submodule(owner_path)
+                undo.append((owner, leaf, owner._parameters[leaf]))
+                owner._parameters[leaf] = values[full]  # type: ignore[assignment]
+        return result
+
+    pyro.module = module  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        pyro.module = original  # type: ignore[attr-defined]
+        for owner, leaf, saved in reversed(undo):
+            owner._parameters[leaf] = saved
+
+
+@contextmanager
+def isolated(seed: int | None = None, dtype: torch.dtype | None = None) -> Iterator[None]:
+    """A call of its own: parameter store, random state, default dtype and settings are as before when it ends."""
+    previous = torch.get_default_dtype()
+    with (
+        torch.random.fork_rng(devices=[]),
+        pyro.get_param_store().scope(),
+        pyro.settings.context(module_local_params=True),
+    ):
+        try:
+            if dtype is not None:
+                torch.set_default_dtype(dtype)
+            if seed is not None:
+                torch.manual_seed(seed)
+            yield
+        finally:
+            torch.set_default_dtype(previous)
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Arguments were validated in the first trace; the steps of a fit skip the checks."""
+    with pyro.validation_enabled(False):
+        yield
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from (seed, fit, restart, step): FNV-1a over the parts, then one round of splitmix64's mixer."""
+    state = 0xCBF29CE484222325
+    for byte in "\x1f".join(str(p) for p in parts).encode():
+        state = ((state ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    return (state ^ (state >> 27)) >> 1
+
+
+# --------------------------------------------------------------------------------------------------- discovery
+
+
+def num_rows(data: Values) -> int:
+    """N, the size of the first axis that all data tensors share."""
+    sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in data.items()}
+    distinct = set(sizes.values())
+    if len(distinct) != 1 or None in distinct:
+        listing = ", ".join(f"{k}: {'a scalar' if v is None else v}" for k, v in sizes.items()) or "no tensors"
+        raise InputError("data", "tensors that share their first axis", listing, "give every tensor a row per datum")
+    size = distinct.pop()
+    assert size is not None
+    if size == 0:
+        raise InputError("data", "at least one row", "0 rows")
+    return size
+
+
+def discover(program: Program, data: Values, data_plate: str | None = None, model: Structure | None = None) -> Structure:
+    """Run `program` once on all rows and learn its parameters, sites and plates.
+
+    Enumerated sites are enumerated already here, so that `loc[z]` never takes the size of the data. For a guide,
+    `model` is the model's structure: the data plate's name is taken from it.
+    """
+    total = num_rows(data)
+    if program.module is not None:
+        with poutine.block(), torch.no_grad():  # modules may build themselves at the first call, as autoguides do
+            program(data, {})
+    weights = {name: w.detach() for name, w in program.weights().items()}
+    found = _Discovery(weights)
+    with found, poutine.trace() as tracer, poutine.enum(first_available_dim=-1 - _SPARE_NESTING):
+        with _Enumerate() if program.role == "guide" else nullcontext():
+            program(data, weights)
+    sites, sizes, axes = _read_sites(tracer.trace)
+    plate = model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
+    if plate is not None and plate in sizes and sizes[plate] != total:
+        raise ModelError(
+            f"{program.role}: plate '{plate}'",
+            f"the size of the data, {total}",
+            f"{sizes[plate]}",
+            f"write pyro.plate('{plate}', len(x)) so that the plate has the size of the rows it is handed",
+        )
+    nesting = max((-axis for axis in axes.values()), default=0)
+    if model is not None:
+        nesting = max(nesting, model.nesting)
+    parameters = {name: ParameterSpec(name, constraints.real, w.clone()) for name, w in weights.items()}
+    for name, (constraint, event_dim, start, frames) in found.found.items():
+        parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
+    return Structure(parameters, sites, sizes, axes, nesting, plate, total)
+
+
+def _parameter_spec(
+    name: str,
+    constraint: Constraint,
+    event_dim: int | None,
+    start: Tensor,
+    frames: Sequence[Any],
+    plate: str | None,
+    total: int,
+) -> ParameterSpec:
+    frame = next((f for f in frames if f.name == plate and f.vectorized), None)
+    if frame is None:
+        return ParameterSpec(name, constraint, start)
+    if event_dim is None:
+        raise ModelError(
+            f"pyro.param('{name}') inside plate '{plate}'",
+            "event_dim, the number of right-most axes that belong to one datum",
+            "none",
+            f"write pyro.param('{name}', init, event_dim=…), or move a shared parameter out of the plate",
+        )
+    axis = frame.dim - event_dim
+    if start.dim() < -axis or start.shape[axis] == 1 != total:
+        return ParameterSpec(name, constraint, start)
+    return ParameterSpec(name, constraint, start, row_axis=axis)
+
+
+def _is_sample(site: Mapping[str, Any]) -> bool:
+    return bool(
+        site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False)
+    )
+
+
+def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[str, int]]:
+    sites: dict[str, SiteInfo] = {}
+    sizes: dict[str, int] = {}
+    axes: dict[str, int] = {}
+    for name, site in trace.nodes.items():
+        if not _is_sample(site):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+        for frame in frames:
+            sizes[frame.name] = frame.size
+            axes[frame.name] = frame.dim
+        kind = (
+            "observed" if site["is_observed"] else "enumerated" if "_enumerate_dim" in site["infer"] else "latent"
+        )
+        fn = site["fn"]
+        sites[name] = SiteInfo(
+            name,
+            kind,
+            tuple(f.name for f in frames),
+            _family_name(fn),
+            tuple(fn.event_shape),
+            bool(getattr(fn.support, "is_discrete", False)),
+            bool(fn.has_rsample),
+            fn.support,
+        )
+    return sites, sizes, axes
+
+
+def _family_name(fn: Any) -> str:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__
+
+
+def _find_data_plate(trace: Any, total: int, wanted: str | None, sizes: Mapping[str, int]) -> str | None:
+    if wanted is not None:
+        if wanted not in sizes:
+            raise ModelError("data_plate", f"one of the model's plates ({', '.join(sizes) or 'it has none'})", wanted)
+        return wanted
+    if "data" in sizes:
+        return "data"
+    outer: dict[str, bool] = {}
+    for site in trace.nodes.values():
+        if _is_sample(site):
+            for depth, frame in enumerate(f for f in site["cond_indep_stack"] if f.vectorized):
+                outer[frame.name] = outer.get(frame.name, True) and depth == 0
+    candidates = [name for name, is_outer in outer.items() if is_outer and sizes[name] == total]
+    if len(candidates) > 1:
+        raise ModelError(
+            "the model's data plate",
+            f"one outermost plate of the data's size {total}",
+            ", ".join(sorted(candidates)),
+            "name it 'data', or say `data_plate: NAME`",
+        )
+    return candidates[0] if candidates else None
+
+
+# -------------------------------------------------------------------------------------------------- evaluation
+
+
+class Joint:
+    """A model, and perhaps a guide, bound to their structures: (θ, λ, rows) → factors."""
+
+    def __init__(self, model: Program, structure: Structure, guide: Program | None = None, guide_structure: Structure | None = None) -> None:
+        self.model, self.structure = model, structure
+        self.guide, self.guide_structure = guide, guide_structure
+        nesting = max(structure.nesting, guide_structure.nesting if guide_structure else 0)
+        self.first_available_dim = -1 - nesting
+        self.specs: dict[str, ParameterSpec] = dict(structure.parameters)
+        if guide_structure is not None:
+            self.specs.update(guide_structure.parameters)
+
+    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
+        rows = rows or Rows(num_rows(data))
+        parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
+        names: dict[int, str] = {}
+        with parameters, _swapped_modules(values):
+            if self.guide is None:
+                with poutine.trace() as model_trace, poutine.enum(first_available_dim=self.first_available_dim):
+                    self.model(data, values)
+                return _build(model_trace.trace, None, rows, self.structure, names)
+            with poutine.trace() as guide_trace, poutine.enum(first_available_dim=self.first_available_dim):
+                with _Enumerate():
+                    self.guide(data, values)
+            replay = poutine.replay(trace=guide_trace.trace)
+            with poutine.trace() as model_trace, poutine.enum(), replay:
+                self.model(data, values)
+        return _build(model_trace.trace, guide_trace.trace, rows, self.structure, names)
+
+
+def _build(model_trace: Any, guide_trace: Any | None, rows: Rows, structure: Structure, names: dict[int, str]) -> Evaluation:
+    variables: dict[str, Variable] = {}
+    sizes: dict[str, int] = {}
+    guide_factors: list[Factor] = []
+    score_factors: list[Factor] = []
+    samples: dict[str, Tensor] = {}
+    guide_variables: set[str] = set()
+    plate = structure.data_plate
+    if guide_trace is not None:
+        for name, site in guide_trace.nodes.items():
+            if not _is_sample(site) or site["is_observed"]:
+                continue
+            _register(name, site, variables, sizes, names)
+            if name in variables:
+                guide_variables.add(name)
+        for name, site in guide_trace.nodes.items():
+            if not _is_sample(site) or site["is_observed"]:
+                continue
+            factor = _factor(name, site, rows, plate, names)
+            guide_factors.append(factor)
+            if name not in variables:
+                samples[name] = site["value"]
+                if not site["fn"].has_rsample and not _is_delta(site["fn"]):
+                    score_factors.append(factor)
+    for name, site in model_trace.nodes.items():
+        if _is_sample(site):
+            _register(name, site, variables, sizes, names)
+    factors = tuple(_factor(n, s, rows, plate, names) for n, s in model_trace.nodes.items() if _is_sample(s))
+    if plate is not None:
+        sizes.setdefault(plate, rows.size)
+    return Evaluation(
+        factors, tuple(guide_factors), variables, frozenset(guide_variables), sizes, samples, tuple(score_factors)
+    )
+
+
+def _is_delta(fn: Any) -> bool:
+    return _family_name(fn) == "Delta"
+
+
+def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[str, int], names: dict[int, str]) -> None:
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    for frame in frames:
+        sizes[frame.name] = frame.size
+    axis = site["infer"].get("_enumerate_dim")
+    if axis is None or name in variables or site["is_observed"]:
+        return
+    value, event_dim = site["value"], site["fn"].event_dim
+    names[site["infer"]["_dim_to_id"][axis]] = name
+    position = value.dim() + axis - event_dim
+    support = value if position < 0 else value.movedim(position, 0)
+    support = support.reshape(support.shape[0] if position >= 0 else 1, -1, *value.shape[value.dim() - event_dim :])[:, 0]
+    variables[name] = Variable(name, tuple(f.name for f in frames), support.detach())
+
+
+def _factor(name: str, site: Any, rows: Rows, plate: str | None, names: Mapping[int, str]) -> Factor:
+    log_prob = log_density(site["fn"], site["value"])
+    observed = bool(site["is_observed"])
+    enumerated = "_enumerate_dim" in site["infer"] and not observed
+    mask = site["mask"]
+    if mask is not None and not enumerated:  # an enumerated latent keeps its prior, a mask acts on observed factors
+        log_prob = torch.where(torch.as_tensor(mask), log_prob, torch.zeros((), dtype=log_prob.dtype))
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    axis_names = {f.dim: f.name for f in frames}
+    axis_names.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
+    tensor, dims = _name_axes(log_prob, axis_names, name)
+    plates = frozenset(f.name for f in frames)
+    scale: float | Tensor = site["scale"]
+    scale_dims: tuple[str, ...] = ()
+    if isinstance(scale, Tensor):
+        scale, scale_dims = _name_axes(scale, axis_names, name)
+    if plate in plates:
+        scale = scale * rows.scale
+    return Factor(name, tensor, dims, plates, scale, scale_dims, observed)
+
+
+def _name_axes(tensor: Tensor, axis_names: Mapping[int, str], site: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Drop axes of size 1 and name the others; an axis that nothing declares is the user's mistake."""
+    shape = tensor.shape
+    keep = [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
+    for axis in keep:
+        if axis not in axis_names:
+            raise ModelError(
+                f"site '{site}'",
+                "batch axes that belong to plates",
+                f"a batch axis of size {shape[axis]} at dim {axis} (batch shape {tuple(shape)}) that no plate declares",
+                "declare it with pyro.plate, or make it part of the event with .to_event(1)",
+            )
+    return tensor.reshape([shape[axis] for axis in keep]), tuple(axis_names[axis] for axis in keep)
+
+
+# ------------------------------------------------------------------------------------------- parameter coordinates
+
+
+class Coordinates:
+    """Between constrained values and the unconstrained ones that gradient steps move."""
+
+    def __init__(self, specs: Mapping[str, ParameterSpec], names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.transforms = {name: transform_to(specs[name].constraint) for name in self.names}
+
+    def unconstrain(self, values: Values) -> dict[str, Tensor]:
+        return {name: self.transforms[name].inv(values[name]).detach().clone() for name in self.names}
+
+    def constrain(self, unconstrained: Values) -> dict[str, Tensor]:
+        return {name: self.transforms[name](unconstrained[name]) for name in self.names}
+
+
+def build_guide(factory: Callable[..., Any], model: Callable[..., Any], structure: Structure, **args: Any) -> Callable[..., Any]:
+    """Build a guide that takes a parameter `model` (Pyro's autoguide convention).
+
+    Autoguides are blind to enumerated sites, which are summed exactly, and get `create_plates` so that the data plate
+    takes the size of the rows handed in.
+    """
+    if isinstance(factory, type) and issubclass(factory, AutoGuide):
+        if not any(s.kind == "latent" for s in structure.sites.values()):
+            raise ModelError(
+                f"guide {factory.__name__}",
+                "a model with continuous latent sites",
+                f"only enumerated ones ({', '.join(structure.enumerated)})",
+                "use a guide over them, such as `categorical`",
+            )
+        args.setdefault("create_plates", _data_plates(structure))
+        return factory(poutine.block(model, hide=list(structure.enumerated)), **args)
+    guide: Callable[..., Any] = factory(model, **args)
+    return guide
+
+
+def _data_plates(structure: Structure) -> Callable[..., list[Any]]:
+    plate = structure.data_plate
+
+    def create_plates(**data: Tensor) -> list[Any]:
+        if plate is None:
+            return []
+        return [pyro.plate(plate, len(next(iter(data.values()))), dim=structure.plate_axes[plate])]
+
+    return create_plates
+
+
+__all__ = [
+    "Coordinates",
+    "Evaluation",
+    "Factor",
+    "Joint",
+    "ParameterSpec",
+    "Program",
+    "Rows",
+    "SiteInfo",
+    "Structure",
+    "Values",
+    "Variable",
+    "build_guide",
+    "derive_seed",
+    "discover",
+    "isolated",
+    "num_rows",
+    "unvalidated",
+]

@@ -1,0 +1,26 @@
+"""The errors that speak to a user: one message that says where, what was expected, what was got and what to do."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """The user's input is wrong.
+
+    The message reads ``where: expected …, got …; what to do``. The commands print it alone and exit with status 2.
+    """
+
+    def __init__(self, where: str, expected: str, got: str, fix: str = "") -> None:
+        self.where, self.expected, self.got, self.fix = where, expected, got, fix
+        message = f"{where}: expected {expected}, got {got}"
+        super().__init__(f"{message}; {fix}" if fix else message)
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str, str]]:
+        return type(self), (self.where, self.expected, self.got, self.fix)
+
+
+class IntractableError(InputError):
+    """No exact answer can be had; the message names the sites in the way and what to use instead."""
+
+
+class ModelError(InputError):
+    """The user's model or guide raised, or breaks a rule of the contract; the original error is chained."""

@@ -1,0 +1,1 @@
+"""Exact inference: log Z and its posterior."""

@@ -1,0 +1,98 @@
+"""Log-densities in which zeros are data, not accidents.
+
+torch's Categorical and Bernoulli clamp probabilities away from 0 (log 0 becomes −36 in float64); here log 0 is −∞ and
+its gradient is 0. Every other family keeps its own `log_prob`. Axes along which a distribution was merely expanded
+(stride 0, as a plate does) are left at size 1: the caller broadcasts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+
+def safe_log(values: Tensor) -> Tensor:
+    """log x with log 0 = −∞ and gradient 0 there (torch's is ∞, which turns into NaN in a product with 0)."""
+    positive = values > 0
+    return torch.where(positive, torch.where(positive, values, 1.0).log(), -torch.inf)
+
+
+def log_density(fn: Any, value: Tensor) -> Tensor:
+    """log p(value) of a Pyro distribution, broadcastable to its batch shape, summed over its event axes (nats)."""
+    if isinstance(fn, dist.MaskedDistribution):
+        base = log_density(fn.base_dist, value)
+        return torch.where(torch.as_tensor(fn._mask), base, torch.zeros((), dtype=base.dtype, device=base.device))
+    if isinstance(fn, dist.Independent) or type(fn).__name__ == "Independent":
+        base = log_density(fn.base_dist, value)
+        event = fn.reinterpreted_batch_ndims
+        if event == 0:
+            return base
+        shape = torch.broadcast_shapes(base.shape, fn.base_dist.batch_shape)
+        return base.expand(shape).sum(tuple(range(-event, 0)))
+    if isinstance(fn, torch.distributions.OneHotCategorical):
+        return log_density(fn._categorical, value.argmax(-1))
+    if isinstance(fn, torch.distributions.Categorical):
+        return _lookup(_log_table(fn), value)
+    if isinstance(fn, torch.distributions.Bernoulli):
+        return _bernoulli(fn, value)
+    result: Tensor = fn.log_prob(value)
+    return result
+
+
+def is_zero_safe_discrete(fn: Any) -> bool:
+    """Whether `log_density` gives −∞ (and no clamp) for values of probability zero under `fn`."""
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    kinds = torch.distributions.Categorical | torch.distributions.OneHotCategorical | torch.distributions.Bernoulli
+    return isinstance(fn, kinds)
+
+
+def _log_table(fn: torch.distributions.Categorical) -> Tensor:
+    """Log-probabilities [*batch, V]; narrowed before the logarithm, so that a plate costs nothing."""
+    return safe_log(_unexpanded(fn.probs, 1)) if "probs" in fn.__dict__ else _unexpanded(fn.logits, 1)
+
+
+def _unexpanded(tensor: Tensor, event_dim: int) -> Tensor:
+    """Narrow batch axes of stride 0 to size 1: a plate repeats a distribution, it does not make new ones."""
+    for axis in range(tensor.dim() - event_dim):
+        if tensor.shape[axis] > 1 and tensor.stride(axis) == 0:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def _lookup(table: Tensor, value: Tensor) -> Tensor:
+    """table[..., value]: log-probabilities [*batch] of `value` under the rows of `table` [*batch', V]."""
+    size = table.shape[-1]
+    if getattr(value, "_pyro_categorical_support", None) is not None and value.numel() == size == value.shape[0]:
+        table = table.reshape((1,) * (1 + value.dim() - table.dim()) + table.shape)
+        return table.transpose(-1 - value.dim(), -1).squeeze(-1)
+    value = value.long()
+    rank = max(table.dim() - 1, value.dim())
+    table = table.reshape((1,) * (rank + 1 - table.dim()) + table.shape)
+    value = value.reshape((1,) * (rank - value.dim()) + value.shape)
+    if all(a == 1 or b == 1 for a, b in zip(table.shape[:-1], value.shape, strict=True)):
+        # Axes of the two are disjoint: one index_select, whose gradient never takes the size of the broadcast.
+        picked = table.reshape(-1, size).index_select(-1, value.reshape(-1))
+        picked = picked.reshape(*table.shape[:-1], *value.shape)
+        order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
+        shape = [max(a, b) for a, b in zip(table.shape[:-1], value.shape, strict=True)]
+        return picked.permute(order).reshape(shape)
+    index = [_axis_index(table, axis, rank) for axis in range(rank)]
+    return table[(*index, value)]
+
+
+def _axis_index(table: Tensor, axis: int, rank: int) -> Tensor:
+    shape = [1] * rank
+    shape[axis] = table.shape[axis]
+    return torch.arange(table.shape[axis], device=table.device).reshape(shape)
+
+
+def _bernoulli(fn: torch.distributions.Bernoulli, value: Tensor) -> Tensor:
+    if "probs" in fn.__dict__:
+        probs = _unexpanded(fn.probs, 0)
+        return torch.where(value > 0.5, safe_log(probs), safe_log(1 - probs))
+    logits = _unexpanded(fn.logits, 0)
+    return torch.where(value > 0.5, torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits))

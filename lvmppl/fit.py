@@ -1,0 +1,172 @@
+"""The result every algorithm returns: frozen, detached, and able to go to disk and come back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvmppl.density import Factor, Variable
+from lvmppl.errors import InputError
+from lvmppl.posterior import Posterior
+
+HISTORY_COLUMNS = ("restart", "step", "seconds", "objective", "objective_kind")
+_FORMAT = "lvmppl-fit-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a fit found. Numbers are in nats, summed over the data.
+
+    algorithm, guide: what ran. status: `converged` (its criterion was met), `max_steps`, `diverged` or `failed`.
+    parameters, guide_parameters: θ and λ, constrained. all_history: a row per restart and step; `history` is the best
+    restart's. log_evidence: log p(x; θ) of `log_evidence_kind` (`exact`, …, `none`) with its error; elbo: of a fit with
+    a guide, else NaN. posterior: the exact one at θ where it exists. restart: the one that was kept.
+    """
+
+    algorithm: str
+    status: str
+    message: str
+    steps: int
+    seconds: float
+    parameters: Mapping[str, Tensor]
+    guide_parameters: Mapping[str, Tensor]
+    all_history: pd.DataFrame
+    restart: int = 0
+    guide: str | None = None
+    log_evidence: float = float("nan")
+    log_evidence_kind: str = "none"
+    log_evidence_error: float = float("nan")
+    elbo: float = float("nan")
+    elbo_error: float = float("nan")
+    elbo_per_datum: Tensor | None = None
+    posterior: Posterior | None = None
+    variational: Mapping[str, Tensor] = field(default_factory=dict)  # q's marginals, [*plates, K] or mean and sd
+
+    @property
+    def history(self) -> pd.DataFrame:
+        """The best restart's rows of `all_history`."""
+        rows = self.all_history[self.all_history["restart"] == self.restart]
+        return rows.reset_index(drop=True)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit to one safetensors file; `load_fit` reads it back."""
+        from safetensors.torch import save_file
+
+        tensors: dict[str, Tensor] = {}
+        for group, values in (("theta", self.parameters), ("lambda", self.guide_parameters), ("q", self.variational)):
+            tensors.update({f"{group}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
+        if self.elbo_per_datum is not None:
+            tensors["elbo_per_datum"] = self.elbo_per_datum.contiguous().clone()
+        meta: dict[str, Any] = {
+            name: getattr(self, name)
+            for name in (
+                "algorithm", "status", "message", "steps", "seconds", "restart", "guide", "log_evidence",
+                "log_evidence_kind", "log_evidence_error", "elbo", "elbo_error",
+            )
+        }  # fmt: skip
+        meta["history"] = {c: self.all_history[c].tolist() for c in self.all_history.columns}
+        meta["posterior"] = _pack_posterior(self.posterior, tensors)
+        save_file(tensors, str(path), metadata={"format": _FORMAT, "fit": json.dumps(meta)})
+
+
+def load_fit(path: str | Path) -> Fit:
+    """Read a fit that `Fit.save` wrote.
+
+    Raises:
+        InputError: the file is missing or is not a fit.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            meta_text = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(str(path), "a fit saved by Fit.save", str(error)) from error
+    if meta_text.get("format") != _FORMAT:
+        raise InputError(str(path), f"a file of format {_FORMAT}", str(meta_text.get("format")))
+    meta = json.loads(meta_text["fit"])
+    history = pd.DataFrame(meta.pop("history"))
+    posterior = _unpack_posterior(meta.pop("posterior"), tensors)
+    groups = {g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")} for g in ("theta", "lambda", "q")}
+    return Fit(
+        **meta,
+        parameters=groups["theta"],
+        guide_parameters=groups["lambda"],
+        variational=groups["q"],
+        all_history=history,
+        elbo_per_datum=tensors.get("elbo_per_datum"),
+        posterior=posterior,
+    )
+
+
+def _pack_posterior(posterior: Posterior | None, tensors: dict[str, Tensor]) -> Any:
+    if posterior is None:
+        return None
+    factors = []
+    for i, f in enumerate(posterior.factors):
+        tensors[f"posterior/factor/{i}"] = f.log_prob.contiguous().clone()
+        if isinstance(f.scale, Tensor):
+            tensors[f"posterior/scale/{i}"] = f.scale.contiguous().clone()
+        factors.append(
+            {
+                "site": f.site,
+                "dims": f.dims,
+                "plates": sorted(f.plates),
+                "scale": None if isinstance(f.scale, Tensor) else f.scale,
+                "scale_dims": f.scale_dims,
+                "observed": f.observed,
+            }
+        )
+    for v in posterior.variables.values():
+        tensors[f"posterior/support/{v.name}"] = v.support.contiguous().clone()
+    return {
+        "factors": factors,
+        "variables": [{"name": v.name, "plates": v.plates} for v in posterior.variables.values()],
+        "plate_sizes": dict(posterior.plate_sizes),
+        "data_plate": posterior.data_plate,
+        "engine": posterior.engine,
+    }
+
+
+def _unpack_posterior(meta: Any, tensors: Mapping[str, Tensor]) -> Posterior | None:
+    if meta is None:
+        return None
+    factors = tuple(
+        Factor(
+            m["site"],
+            tensors[f"posterior/factor/{i}"],
+            tuple(m["dims"]),
+            frozenset(m["plates"]),
+            tensors[f"posterior/scale/{i}"] if m["scale"] is None else m["scale"],
+            tuple(m["scale_dims"]),
+            m["observed"],
+        )
+        for i, m in enumerate(meta["factors"])
+    )
+    variables = {
+        v["name"]: Variable(v["name"], tuple(v["plates"]), tensors[f"posterior/support/{v['name']}"])
+        for v in meta["variables"]
+    }
+    return Posterior(factors, variables, meta["plate_sizes"], meta["data_plate"], meta["engine"])
+
+
+def history_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Rows with at least `HISTORY_COLUMNS`, in that order first."""
+    frame = pd.DataFrame(rows)
+    for column in HISTORY_COLUMNS:
+        if column not in frame:
+            frame[column] = pd.Series(dtype="object")
+    return frame[[*HISTORY_COLUMNS, *(c for c in frame.columns if c not in HISTORY_COLUMNS)]]
+
+
+def non_finite(values: Mapping[str, Tensor]) -> list[str]:
+    """Names of parameters that hold a NaN or an infinity."""
+    return [k for k, v in values.items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]

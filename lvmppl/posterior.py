@@ -1,0 +1,346 @@
+"""The exact posterior p(z | x; θ) of enumerated sites: one frozen object that answers every question about it.
+
+Everything derives from the log-factors of one pass of the model: marginals are derivatives of log Z, the mode is the
+same elimination with max, samples, log-probabilities and entropy come from the recorded eliminations, whose reversed
+order is a factorisation p(z | x) = Π p(z_v | later ones).
+
+Shapes: N data, K states, S samples. Everything is in nats and detached.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvmppl.density import Factor, Variable
+from lvmppl.errors import InputError
+from lvmppl.exact.elimination import Elimination, Step, eliminate
+from lvmppl.exact.named import Named, add, align, log_sum_exp
+
+
+class Mode(NamedTuple):
+    """The most probable joint assignment: states by site, and log p(z* | x) per datum [N] (or a scalar)."""
+
+    states: dict[str, Tensor]
+    log_prob: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """p(z | x; θ), exact. `engine` says how it was had, and why that way."""
+
+    factors: tuple[Factor, ...]
+    variables: Mapping[str, Variable]
+    plate_sizes: Mapping[str, int]
+    data_plate: str | None
+    engine: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(_detached(f) for f in self.factors))
+        per_datum = self.log_evidence_per_datum
+        if per_datum is not None and bool((per_datum == -torch.inf).any()):
+            rows = torch.nonzero(per_datum == -torch.inf).flatten().tolist()
+            shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+            warnings.warn(f"log evidence is -inf: the model gives probability 0 to datum {shown}", stacklevel=3)
+
+    # ------------------------------------------------------------------------------------------- log evidence
+
+    @cached_property
+    def _elimination(self) -> Elimination:
+        return self._eliminate()
+
+    def _eliminate(self, extra: Sequence[Factor] = (), **options: bool) -> Elimination:
+        factors = (*self.factors, *extra)
+        return eliminate(factors, self.variables, self.plate_sizes, self.data_plate, **options)
+
+    @cached_property
+    def log_evidence(self) -> float:
+        """log p(x; θ) summed over all data."""
+        return float(self._elimination.total)
+
+    @cached_property
+    def log_evidence_per_datum(self) -> Tensor | None:
+        """log p(x⁽ⁿ⁾; θ) [N], or None where the data are coupled by a global site."""
+        done = self._elimination
+        if self.data_plate is None or done.per_datum is None or self._is_coupled:
+            return None
+        return done.per_datum.detach()
+
+    @property
+    def _is_coupled(self) -> bool:
+        return any(self.data_plate not in v.plates for v in self.variables.values())
+
+    # --------------------------------------------------------------------------------------------- marginals
+
+    def probabilities(self, site: str) -> Tensor:
+        """p(z_site = k | x), [*plates, K] with plates outermost first; all zero for an impossible datum."""
+        (table,) = self._marginal_tables([(site,)])
+        return table.movedim(0, -1)
+
+    def marginal(self, site: str) -> torch.distributions.Categorical:
+        """The marginal of one site, `.probs` [*plates, K], over the indices of its support."""
+        return _categorical(self.probabilities(site))
+
+    def pair_marginal(self, first: str, second: str) -> Tensor:
+        """p(z_first = j, z_second = k | x), [*plates of both, J, K]."""
+        self._check(first, second)
+        if first == second:
+            raise InputError("pair_marginal", "two different sites", f"'{first}' twice", "use marginal(site)")
+        (table,) = self._marginal_tables([(first, second)])
+        return table.movedim(0, -1).movedim(0, -1)
+
+    def _marginal_tables(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor]:
+        """Joint marginals of each group: ∂ log Z / ∂ (a zero log-factor over the group), variables leading."""
+        zeros = [self._zero_factor(group) for group in groups]
+        with torch.enable_grad():
+            total = self._eliminate(zeros, straight_through=True).total
+            grads = torch.autograd.grad(total, [z.log_prob for z in zeros], allow_unused=True)
+        tables = []
+        for zero, grad, group in zip(zeros, grads, groups, strict=True):
+            table = torch.zeros_like(zero.log_prob) if grad is None else grad
+            tables.append(self._with_unit_axes(table.detach(), zero.dims, group))
+        return tables
+
+    def _zero_factor(self, group: tuple[str, ...]) -> Factor:
+        self._check(*group)
+        plates = self._plates_of(group)
+        dims = (*group, *plates)
+        like = self.factors[0].log_prob
+        shape = [self.variables[d].size if d in self.variables else self.plate_sizes[d] for d in dims]
+        zero = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
+        scale, scale_dims = self._scale_of(group[0])
+        return Factor("", zero, dims, frozenset(plates), scale, scale_dims)
+
+    def _scale_of(self, site: str) -> tuple[float | Tensor, tuple[str, ...]]:
+        own = next(f for f in self.factors if f.site == site)
+        return own.scale, own.scale_dims
+
+    def _with_unit_axes(self, table: Tensor, dims: tuple[str, ...], group: tuple[str, ...]) -> Tensor:
+        return table
+
+    def _plates_of(self, group: Sequence[str]) -> list[str]:
+        return list(dict.fromkeys(p for name in group for p in self.variables[name].plates))
+
+    def _check(self, *names: str) -> None:
+        for name in names:
+            if name not in self.variables:
+                listing = ", ".join(self.variables) or "it has none"
+                raise InputError("posterior", f"one of the latent sites ({listing})", f"'{name}'")
+
+    # ------------------------------------------------------------------------- mode, samples, log-probabilities
+
+    def mode(self) -> Mode:
+        """The joint maximum a posteriori assignment z* and log p(z* | x); ties go to the lowest state."""
+        tape = self._eliminate(maximise=True).tape
+        states = self._walk(tape, 1, lambda logits: logits.argmax(0))
+        return Mode(self._as_support(states, squeeze=True), self._log_prob_of(states).squeeze(0))
+
+    def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
+        """Exact joint samples, [S, *plates] by site, by backward sampling through the eliminations."""
+        generator = torch.Generator(device=self.factors[0].log_prob.device).manual_seed(seed)
+
+        def draw(logits: Tensor) -> Tensor:
+            weights = (logits - logits.amax(0).nan_to_num(neginf=0.0)).exp().cumsum(0)
+            uniform = torch.rand(logits.shape[1:], generator=generator, dtype=logits.dtype, device=logits.device)
+            return (weights <= uniform * weights[-1]).sum(0).clamp_max(logits.shape[0] - 1)
+
+        states = self._walk(self._elimination.tape, num_samples, draw)
+        return self._as_support(states, squeeze=False)
+
+    def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
+        """log p(z | x) of values [*plates] or [S, *plates] by site (all sites): [N], or a scalar for coupled data."""
+        missing = [name for name in self.variables if name not in assignment]
+        if missing:
+            raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
+        single = all(
+            torch.as_tensor(assignment[n]).dim() <= len(v.plates) + v.support.dim() - 1 for n, v in self.variables.items()
+        )
+        states = {n: self._as_index(n, torch.as_tensor(assignment[n])) for n in self.variables}
+        result = self._log_prob_of(states)
+        return result.squeeze(0) if single else result
+
+    def entropy(self) -> Tensor:
+        """H[p(z | x)] per datum [N] (a scalar for coupled data): −Σ_v E log p(z_v | later ones)."""
+        factors = [_with_gradient(f) for f in self.factors]
+        with torch.enable_grad():
+            done = eliminate(factors, self.variables, self.plate_sizes, self.data_plate, straight_through=True)
+            cliques = [step.clique.tensor for step in done.tape]
+            weights = torch.autograd.grad(done.total, cliques) if cliques else ()
+        total: Tensor | None = None
+        for step, weight in zip(done.tape, weights, strict=True):
+            conditional = _conditional(step).detach()
+            terms = torch.where(weight > 0, -weight * conditional, 0.0)
+            axes = [i for i, d in enumerate(step.clique.dims) if d in self.variables]
+            local = Named(terms.sum(axes), tuple(d for d in step.clique.dims if d not in self.variables))
+            part = self._per_datum(local, step.plates, already_summed=True)
+            total = part if total is None else total + part
+        return self._zeros(()) if total is None else total
+
+    def conditionals(self, first: Sequence[str] = ()) -> list[tuple[str, Named, frozenset[str]]]:
+        """log p(z_v | x, later ones) for every site, in the order of elimination (sites in `first` go first)."""
+        done = eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate, first=first)
+        return [(step.variable, Named(_conditional(step), step.clique.dims), step.plates) for step in done.tape]
+
+    @cached_property
+    def _plate_order(self) -> list[str]:
+        return sorted(self.plate_sizes)
+
+    def _walk(self, tape: Sequence[Step], num_samples: int, choose: object) -> dict[str, Tensor]:
+        """States by site, [S, *all plates (size 1 where it has none)], chosen from each conditional in reverse order."""
+        order, chosen = self._plate_order, {}
+        for step in reversed(tape):
+            logits = _gather(step.clique, step.variable, chosen, order)
+            shape = [logits.shape[0], num_samples, *(self.plate_sizes[p] if p in step.plates else 1 for p in order)]
+            chosen[step.variable] = choose(logits.expand(shape))  # type: ignore[operator]
+        for name, variable in self.variables.items():  # sites with a single state never enter the tape
+            shape = [num_samples, *(self.plate_sizes[p] if p in variable.plates else 1 for p in order)]
+            chosen.setdefault(name, torch.zeros(shape, dtype=torch.long))
+        return chosen
+
+    def _log_prob_of(self, states: Mapping[str, Tensor]) -> Tensor:
+        order = self._plate_order
+        total: Tensor | None = None
+        for step in self._elimination.tape:
+            table = _gather(Named(_conditional(step), step.clique.dims), step.variable, states, order)
+            own = states[step.variable].unsqueeze(0)
+            shape = torch.broadcast_shapes(table.shape[1:], own.shape[1:])
+            value = table.expand(-1, *shape).gather(0, own.expand(1, *shape)).squeeze(0)
+            value = value.expand(shape[0], *(self.plate_sizes[p] if p in step.plates else 1 for p in order))
+            part = self._per_datum(Named(value, ("", *order)), step.plates)
+            total = part if total is None else total + part
+        return self._zeros((1,)) if total is None else total
+
+    def _per_datum(self, named: Named, plates: frozenset[str], already_summed: bool = False) -> Tensor:
+        """Sum over plates other than the data plate; [.., N] when no global site couples the data, else [..]."""
+        local = self.data_plate is not None and not self._is_coupled
+        keep = [d for d in named.dims if d == "" or (local and d == self.data_plate)]
+        axes = [i for i, d in enumerate(named.dims) if d not in keep]
+        tensor = named.tensor.sum(axes) if axes else named.tensor
+        if local and self.data_plate not in named.dims and already_summed:
+            size = self.plate_sizes[self.data_plate]  # type: ignore[index]
+            tensor = (tensor / size).expand(size)
+        return tensor
+
+    def _zeros(self, lead: tuple[int, ...]) -> Tensor:
+        like = self.factors[0].log_prob
+        local = self.data_plate is not None and not self._is_coupled
+        shape = (*lead, self.plate_sizes[self.data_plate]) if local else lead  # type: ignore[index]
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+
+    def _as_support(self, states: Mapping[str, Tensor], squeeze: bool) -> dict[str, Tensor]:
+        result = {}
+        for name, variable in self.variables.items():
+            index = states[name]
+            drop = [1 + i for i, p in enumerate(self._plate_order) if p not in variable.plates]
+            index = index.squeeze(drop) if drop else index
+            have = [p for p in self._plate_order if p in variable.plates]
+            index = index.permute(0, *(1 + have.index(p) for p in variable.plates))
+            values = variable.support[index]
+            result[name] = values.squeeze(0) if squeeze else values
+        return result
+
+    def _as_index(self, name: str, value: Tensor) -> Tensor:
+        variable = self.variables[name]
+        event = variable.support.dim() - 1
+        lead = value.dim() - event - len(variable.plates)
+        if lead not in (0, 1):
+            raise InputError(
+                f"log_prob: site '{name}'",
+                f"values with axes for plates {variable.plates}, perhaps a sample axis before them",
+                f"shape {tuple(value.shape)}",
+            )
+        value = value if lead else value.unsqueeze(0)
+        flat = variable.support.reshape(variable.size, *[1] * (value.dim() - event), *variable.support.shape[1:])
+        match = flat == value.unsqueeze(0)
+        match = match.flatten(match.dim() - event).all(-1) if event else match
+        if not bool(match.any(0).all()):
+            raise InputError(f"log_prob: site '{name}'", "values in its support", "a value outside it")
+        index = match.to(torch.uint8).argmax(0)
+        have = [p for p in self._plate_order if p in variable.plates]
+        index = index.permute(0, *(1 + variable.plates.index(p) for p in have))
+        for i, plate in enumerate(self._plate_order):
+            if plate not in variable.plates:
+                index = index.unsqueeze(1 + i)
+        return index
+
+    # ------------------------------------------------------------------------------------------------ tables
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per site, datum, position and state: columns site, datum, position, state, probability, mean, sd."""
+        sites = list(self.variables)
+        tables = self._marginal_tables([(s,) for s in sites]) if sites else []
+        return pd.concat([self._site_frame(s, t) for s, t in zip(sites, tables, strict=True)], ignore_index=True)
+
+    def _site_frame(self, site: str, table: Tensor) -> pd.DataFrame:
+        variable = self.variables[site]
+        return probability_frame(site, table.movedim(0, -1), variable.plates, self.data_plate)
+
+
+def probability_frame(site: str, probs: Tensor, plates: Sequence[str], data_plate: str | None) -> pd.DataFrame:
+    """The rows of one discrete site from its marginal [*plates, K]; rows of zeros (impossible data) stay empty."""
+    shape = probs.shape
+    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(-1, len(shape))
+    frame = pd.DataFrame({"site": pd.Series([site] * len(index), dtype="string")})
+    others = [i for i, p in enumerate(plates) if p != data_plate]
+    datum = index[:, list(plates).index(data_plate)].numpy() if data_plate in plates else None
+    frame["datum"] = pd.array(datum, dtype="Int64") if datum is not None else pd.array([pd.NA] * len(index), dtype="Int64")
+    columns = index[:, others].tolist()
+    frame["position"] = pd.Series([",".join(map(str, c)) for c in columns], dtype="string")
+    frame["state"] = pd.array(index[:, -1].numpy(), dtype="Int64")
+    impossible = (probs.sum(-1, keepdim=True) == 0).expand(shape)
+    values = torch.where(impossible, torch.nan, probs)
+    frame["probability"] = values.reshape(-1).double().numpy()
+    frame["mean"] = float("nan")
+    frame["sd"] = float("nan")
+    return frame
+
+
+def _categorical(probs: Tensor) -> torch.distributions.Categorical:
+    """A Categorical whose `.probs` are these very numbers: no clamp, and zeros for an impossible datum."""
+    result = torch.distributions.Categorical(torch.ones_like(probs), validate_args=False)
+    result.probs = probs
+    return result
+
+
+def _conditional(step: Step) -> Tensor:
+    """log p(z_v | the clique's other variables): −∞ rows (impossible) stay −∞."""
+    clique = step.clique.tensor.detach()
+    norm = log_sum_exp(clique, 0)
+    return torch.where(torch.isfinite(norm), clique - torch.where(torch.isfinite(norm), norm, 0.0), -torch.inf)
+
+
+def _gather(clique: Named, variable: str, states: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
+    """The clique at chosen states of its other variables: [K of `variable`, S, *plates]."""
+    rank = 2 + len(order)
+    index: list[Tensor] = []
+    for dim, size in zip(clique.dims, clique.tensor.shape, strict=True):
+        if dim != variable and dim in states:
+            index.append(states[dim].unsqueeze(0))
+            continue
+        shape = [1] * rank
+        shape[0 if dim == variable else 2 + list(order).index(dim)] = size
+        index.append(torch.arange(size, device=clique.tensor.device).reshape(shape))
+    result: Tensor = clique.tensor[tuple(index)]
+    return result
+
+
+def _detached(factor: Factor) -> Factor:
+    scale = factor.scale.detach() if isinstance(factor.scale, Tensor) else factor.scale
+    return Factor(
+        factor.site, factor.log_prob.detach(), factor.dims, factor.plates, scale, factor.scale_dims, factor.observed
+    )
+
+
+def _with_gradient(factor: Factor) -> Factor:
+    leaf = factor.log_prob.detach().clone().requires_grad_()
+    return Factor(factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed)
+
+
+__all__ = ["Mode", "Posterior", "add", "align", "probability_frame"]
