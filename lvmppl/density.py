@@ -511,8 +511,18 @@ class Joint:
                 self.model(data, values)
         return _build(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
+    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """The guide's log-factors alone; the model is not run."""
+        assert self.guide is not None
+        rows = rows or Rows(num_rows(data))
+        parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
+        with parameters, _swapped_modules(values):
+            with poutine.trace() as trace, poutine.enum(first_available_dim=self.first_available_dim), _Enumerate():
+                self.guide(data, values)
+        return _build(None, trace.trace, rows, self.structure, {})
 
-def _build(model_trace: Any, guide_trace: Any | None, rows: Rows, structure: Structure, names: dict[int, str]) -> Evaluation:
+
+def _build(model_trace: Any | None, guide_trace: Any | None, rows: Rows, structure: Structure, names: dict[int, str]) -> Evaluation:
     variables: dict[str, Variable] = {}
     sizes: dict[str, int] = {}
     guide_factors: list[Factor] = []
@@ -536,10 +546,10 @@ def _build(model_trace: Any, guide_trace: Any | None, rows: Rows, structure: Str
                 samples[name] = site["value"]
                 if not site["fn"].has_rsample and not _is_delta(site["fn"]):
                     score_factors.append(factor)
-    for name, site in model_trace.nodes.items():
-        if _is_sample(site):
-            _register(name, site, variables, sizes, names)
-    factors = tuple(_factor(n, s, rows, plate, names) for n, s in model_trace.nodes.items() if _is_sample(s))
+    model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if _is_sample(s)}
+    for name, site in model_sites.items():
+        _register(name, site, variables, sizes, names)
+    factors = tuple(_factor(n, s, rows, plate, names) for n, s in model_sites.items())
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     return Evaluation(

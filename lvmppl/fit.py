@@ -47,7 +47,8 @@ class Fit:
     elbo_error: float = float("nan")
     elbo_per_datum: Tensor | None = None
     posterior: Posterior | None = None
-    variational: Mapping[str, Tensor] = field(default_factory=dict)  # q's marginals, [*plates, K] or mean and sd
+    variational: Posterior | None = None  # q over its enumerated sites, in the same form
+    moments: Mapping[str, Tensor] = field(default_factory=dict)  # of q's continuous sites: [2, *shape], mean and sd
 
     @property
     def history(self) -> pd.DataFrame:
@@ -60,7 +61,7 @@ class Fit:
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        for group, values in (("theta", self.parameters), ("lambda", self.guide_parameters), ("q", self.variational)):
+        for group, values in (("theta", self.parameters), ("lambda", self.guide_parameters), ("q", self.moments)):
             tensors.update({f"{group}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
         if self.elbo_per_datum is not None:
             tensors["elbo_per_datum"] = self.elbo_per_datum.contiguous().clone()
@@ -72,7 +73,8 @@ class Fit:
             )
         }  # fmt: skip
         meta["history"] = {c: self.all_history[c].tolist() for c in self.all_history.columns}
-        meta["posterior"] = _pack_posterior(self.posterior, tensors)
+        meta["posterior"] = _pack_posterior(self.posterior, "posterior", tensors)
+        meta["variational"] = _pack_posterior(self.variational, "variational", tensors)
         save_file(tensors, str(path), metadata={"format": _FORMAT, "fit": json.dumps(meta)})
 
 
@@ -94,27 +96,29 @@ def load_fit(path: str | Path) -> Fit:
         raise InputError(str(path), f"a file of format {_FORMAT}", str(meta_text.get("format")))
     meta = json.loads(meta_text["fit"])
     history = pd.DataFrame(meta.pop("history"))
-    posterior = _unpack_posterior(meta.pop("posterior"), tensors)
+    posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
+    variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
     groups = {g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")} for g in ("theta", "lambda", "q")}
     return Fit(
         **meta,
         parameters=groups["theta"],
         guide_parameters=groups["lambda"],
-        variational=groups["q"],
+        moments=groups["q"],
+        variational=variational,
         all_history=history,
         elbo_per_datum=tensors.get("elbo_per_datum"),
         posterior=posterior,
     )
 
 
-def _pack_posterior(posterior: Posterior | None, tensors: dict[str, Tensor]) -> Any:
+def _pack_posterior(posterior: Posterior | None, key: str, tensors: dict[str, Tensor]) -> Any:
     if posterior is None:
         return None
     factors = []
     for i, f in enumerate(posterior.factors):
-        tensors[f"posterior/factor/{i}"] = f.log_prob.contiguous().clone()
+        tensors[f"{key}/factor/{i}"] = f.log_prob.contiguous().clone()
         if isinstance(f.scale, Tensor):
-            tensors[f"posterior/scale/{i}"] = f.scale.contiguous().clone()
+            tensors[f"{key}/scale/{i}"] = f.scale.contiguous().clone()
         factors.append(
             {
                 "site": f.site,
@@ -126,7 +130,7 @@ def _pack_posterior(posterior: Posterior | None, tensors: dict[str, Tensor]) -> 
             }
         )
     for v in posterior.variables.values():
-        tensors[f"posterior/support/{v.name}"] = v.support.contiguous().clone()
+        tensors[f"{key}/support/{v.name}"] = v.support.contiguous().clone()
     return {
         "factors": factors,
         "variables": [{"name": v.name, "plates": v.plates} for v in posterior.variables.values()],
@@ -136,23 +140,23 @@ def _pack_posterior(posterior: Posterior | None, tensors: dict[str, Tensor]) -> 
     }
 
 
-def _unpack_posterior(meta: Any, tensors: Mapping[str, Tensor]) -> Posterior | None:
+def _unpack_posterior(meta: Any, key: str, tensors: Mapping[str, Tensor]) -> Posterior | None:
     if meta is None:
         return None
     factors = tuple(
         Factor(
             m["site"],
-            tensors[f"posterior/factor/{i}"],
+            tensors[f"{key}/factor/{i}"],
             tuple(m["dims"]),
             frozenset(m["plates"]),
-            tensors[f"posterior/scale/{i}"] if m["scale"] is None else m["scale"],
+            tensors[f"{key}/scale/{i}"] if m["scale"] is None else m["scale"],
             tuple(m["scale_dims"]),
             m["observed"],
         )
         for i, m in enumerate(meta["factors"])
     )
     variables = {
-        v["name"]: Variable(v["name"], tuple(v["plates"]), tensors[f"posterior/support/{v['name']}"])
+        v["name"]: Variable(v["name"], tuple(v["plates"]), tensors[f"{key}/support/{v['name']}"])
         for v in meta["variables"]
     }
     return Posterior(factors, variables, meta["plate_sizes"], meta["data_plate"], meta["engine"])

@@ -1,0 +1,95 @@
+"""Gradient ascent on the exact log evidence: θ⁽ⁱ⁺¹⁾ = θ⁽ⁱ⁾ + η ∇θ log p(x; θ⁽ⁱ⁾), by L-BFGS unless told otherwise.
+
+∇θ log p(x; θ) = E_{p(z|x;θ)}[∇θ log p(x, z; θ)] comes out of automatic differentiation through the elimination.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.ascent import (
+    Stopping,
+    Trajectory,
+    best_of,
+    detached,
+    make_optimizer,
+    maximise_lbfgs,
+    run_restarts,
+    set_rate,
+)
+from lvmppl.algorithms.evidence import log_evidence
+from lvmppl.algorithms.outcome import finish
+from lvmppl.algorithms.problem import Problem, require_enumerated
+from lvmppl.algorithms.start import start_values
+from lvmppl.density import Coordinates, unvalidated
+from lvmppl.fit import Fit
+from lvmppl.options import EnumerationOptions
+
+
+def infer(problem: Problem, options: EnumerationOptions) -> Fit:
+    """Maximise Σₙ log p(x⁽ⁿ⁾; θ) over θ by its exact gradient.
+
+    Raises:
+        IntractableError: a latent site is not enumerated.
+    """
+    require_enumerated(problem, "enumeration")
+    with unvalidated():
+        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r))
+    return finish(problem, options, done, best_of(done))
+
+
+def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Trajectory:
+    trajectory = Trajectory(restart, "log_evidence")
+    start = start_values(problem, options.init, restart, options.restarts)
+    coordinates = Coordinates(problem.model.specs, problem.free_theta)
+    fixed = {n: start[n] for n in problem.theta if n not in problem.free_theta}
+    stopping = Stopping(options.tolerance)
+
+    def objective(unconstrained: Mapping[str, Tensor]) -> Tensor:
+        return log_evidence(problem, {**fixed, **coordinates.constrain(unconstrained)})
+
+    def on_step(step: int, value: float, unconstrained: Mapping[str, Tensor]) -> bool:
+        trajectory.record(step, value)
+        problem.progress.update(step, value)
+        if not math.isfinite(value):
+            trajectory.status = "diverged"
+            trajectory.message = f"log evidence became {value} at step {step}; the best iterate before it is kept"
+            if not trajectory.values:
+                trajectory.values = detached(start)
+            return True
+        if value > trajectory.objective or not trajectory.values:
+            with torch.no_grad():
+                trajectory.values = detached({**fixed, **coordinates.constrain(unconstrained)})
+            trajectory.objective = value
+        if stopping.met(value):
+            trajectory.status = "converged"
+            return True
+        return False
+
+    begin = coordinates.unconstrain(start)
+    if options.optimizer == "lbfgs":
+        rate = 1.0 if options.learning_rate is None else options.learning_rate
+        maximise_lbfgs(objective, begin, options.max_steps, on_step, rate)
+    else:
+        _first_order(objective, begin, options, on_step)
+    return trajectory
+
+
+def _first_order(objective, begin, options: EnumerationOptions, on_step) -> None:  # type: ignore[no-untyped-def]
+    leaves = {k: v.requires_grad_() for k, v in begin.items()}
+    rate = 0.01 if options.learning_rate is None else options.learning_rate
+    optimizer = make_optimizer(options.optimizer, list(leaves.values()), rate)
+    for step in range(options.max_steps + 1):
+        value = objective(leaves)
+        if on_step(step, float(value.detach()), leaves) or step == options.max_steps:
+            return
+        set_rate(optimizer, rate * (1 - step / options.max_steps))
+        optimizer.zero_grad()
+        (-value).backward()
+        if options.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(leaves.values()), options.clip_norm)
+        optimizer.step()

@@ -1,0 +1,90 @@
+"""The expected complete-data log-likelihood Q(θ) = Σ_s ⟨q_s, f_s(θ)⟩ and its maximisation by gradient.
+
+The E-step gives q_s = ∂ log Z/∂ f_s, posterior probabilities at each factor's own shape (scales included); 0 · (−∞) = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.ascent import Stopping, detached, maximise_lbfgs
+from lvmppl.algorithms.evidence import chunks
+from lvmppl.algorithms.problem import Problem
+from lvmppl.density import Coordinates, Evaluation, Factor, Values
+from lvmppl.exact.elimination import eliminate
+
+Weights = list[dict[str, Tensor]]
+"""One dictionary a chunk of the data: q_s by site."""
+
+
+def e_step(problem: Problem, values: Values) -> tuple[float, Weights]:
+    """log p(x; θ) and the weights q_s of every factor, exactly."""
+    total, weights = 0.0, []
+    for data, rows in chunks(problem):
+        with torch.no_grad():
+            evaluation = problem.model.evaluate(data, values, rows)
+        value, grads = factor_weights(evaluation, problem.data_plate)
+        total += value
+        weights.append(grads)
+    return total, weights
+
+
+def factor_weights(evaluation: Evaluation, data_plate: str | None) -> tuple[float, dict[str, Tensor]]:
+    """(log Z, {site: ∂ log Z/∂ f_site})."""
+    leaves = [f.log_prob.detach().requires_grad_() for f in evaluation.factors]
+    factors = [
+        Factor(f.site, leaf, f.dims, f.plates, f.scale, f.scale_dims, f.observed)
+        for f, leaf in zip(evaluation.factors, leaves, strict=True)
+    ]
+    with torch.enable_grad():
+        total = eliminate(factors, evaluation.variables, evaluation.plate_sizes, data_plate).total
+        grads = torch.autograd.grad(total, leaves)
+    return float(total.detach()), {f.site: g for f, g in zip(factors, grads, strict=True)}
+
+
+def weighted(factors: Sequence[Factor], weights: Mapping[str, Tensor]) -> Tensor:
+    """Σ_s ⟨q_s, f_s⟩ with 0 · (−∞) = 0."""
+    total: Tensor | None = None
+    for factor in factors:
+        q = weights[factor.site]
+        value = torch.where(q == 0, torch.zeros((), dtype=q.dtype, device=q.device), factor.log_prob)
+        part = (q * value).sum()
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def expected_log_joint(problem: Problem, values: Values, weights: Weights) -> Tensor:
+    """Q(θ) = Σ_s ⟨q_s, f_s(θ)⟩ over all data."""
+    total: Tensor | None = None
+    for (data, rows), q in zip(chunks(problem), weights, strict=True):
+        part = weighted(problem.model.evaluate(data, values, rows).factors, q)
+        total = part if total is None else total + part
+    assert total is not None
+    return total
+
+
+def gradient_m_step(problem: Problem, values: Values, weights: Weights, steps: int, tolerance: float = 0.0) -> dict[str, Tensor]:
+    """θ that raises Q by at most `steps` L-BFGS iterations from `values` (generalized EM); never lower than the start."""
+    coordinates = Coordinates(problem.model.specs, problem.free_theta)
+    fixed = {n: values[n] for n in problem.theta if n not in problem.free_theta}
+    best: dict[str, Tensor] = detached({n: values[n] for n in problem.theta})
+    top = [-torch.inf]
+    stopping = Stopping(tolerance)
+
+    def objective(unconstrained: Mapping[str, Tensor]) -> Tensor:
+        return expected_log_joint(problem, {**fixed, **coordinates.constrain(unconstrained)}, weights)
+
+    def on_step(step: int, value: float, unconstrained: Mapping[str, Tensor]) -> bool:
+        if value > top[0]:
+            top[0] = value
+            if step:
+                with torch.no_grad():
+                    best.update(detached(coordinates.constrain(unconstrained)))
+        return stopping.met(value) or not value > -torch.inf
+
+    maximise_lbfgs(objective, coordinates.unconstrain(values), steps, on_step)
+    return best

@@ -1,0 +1,109 @@
+"""Where a fit starts: the model's own parameters, or one M-step from k-means or random responsibilities.
+
+`init: params` uses θ as the model (or `start_from`) gives it. `kmeans` and `random` give every enumerated site
+responsibilities r and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as `init` says, the others at random.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.evidence import chunks
+from lvmppl.algorithms.expected import Weights, gradient_m_step
+from lvmppl.algorithms.problem import Problem
+from lvmppl.density import Evaluation, Rows, derive_seed
+from lvmppl.errors import InputError
+from lvmppl.exact.named import Named, align
+
+_START_STEPS = 50  # L-BFGS iterations of the M-step that turns responsibilities into parameters
+
+
+def start_values(problem: Problem, init: str, restart: int, restarts: int) -> dict[str, Tensor]:
+    """The start of one restart, constrained."""
+    values = dict(problem.initial)
+    how = init if restart == 0 else "random"
+    if how == "params":
+        return values
+    sites = problem.model.structure.enumerated
+    if not sites:
+        if restart > 0 or init == "random":
+            raise InputError(
+                f"fit '{problem.name}'",
+                "a model with enumerated sites for random or k-means starts",
+                "none",
+                "use init: params and restarts: 1",
+            )
+        return values
+    weights = _responsibility_weights(problem, how, restart)
+    values.update(gradient_m_step(problem, values, weights, _START_STEPS, tolerance=1e-6))
+    return values
+
+
+def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights:
+    generator = torch.Generator().manual_seed(derive_seed(problem.seed, problem.name, restart, "start"))
+    labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
+    result, begin = [], 0
+    for data, rows in chunks(problem):
+        with torch.no_grad():
+            evaluation = problem.model.evaluate(data, problem.initial, rows)
+        result.append(_weights_of(evaluation, problem, rows, labels, begin, generator))
+        begin += rows.size
+    return result
+
+
+def _weights_of(
+    evaluation: Evaluation,
+    problem: Problem,
+    rows: Rows,
+    labels: dict[int, Tensor] | None,
+    begin: int,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    tables: dict[str, Named] = {}
+    like = evaluation.factors[0].log_prob
+    for name, variable in evaluation.variables.items():
+        dims = (name, *variable.plates)
+        shape = [variable.size, *(evaluation.plate_sizes[p] for p in variable.plates)]
+        if labels is not None and variable.plates == (problem.data_plate,):
+            hot = torch.nn.functional.one_hot(labels[variable.size][begin : begin + rows.size], variable.size).T
+            table = 0.95 * hot.to(like) + 0.05 / variable.size
+        else:
+            # A random datum is attached to each state by a nearly one-hot draw; a flat Dirichlet would start all equal.
+            gamma = -torch.log(torch.rand(shape, generator=generator, dtype=torch.float64)).to(like)
+            gamma = gamma.pow(4)
+            table = gamma / gamma.sum(0)
+        tables[name] = Named(table, dims)
+    weights = {}
+    for factor in evaluation.factors:
+        weight = torch.ones_like(factor.log_prob)
+        for dim in factor.dims:
+            if dim not in tables:
+                continue
+            table = tables[dim]
+            extra = [d for d in table.dims[1:] if d not in factor.dims]
+            reduced = Named(table.tensor.sum([table.dims.index(d) for d in extra]), tuple(d for d in table.dims if d not in extra)) if extra else table
+            weight = weight * align(reduced, factor.dims)
+        weights[factor.site] = weight
+    return weights
+
+
+def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[int, Tensor]:
+    """k-means labels of the rows for every number of states that occurs, on all floating data, standardised."""
+    from sklearn.cluster import KMeans
+
+    parts = [t.reshape(len(t), -1).double() for t in problem.data.values() if t.is_floating_point()]
+    if not parts:
+        parts = [t.reshape(len(t), -1).double() for t in problem.data.values()]
+    features = torch.cat(parts, 1)
+    features = (features - features.mean(0)) / features.std(0, unbiased=False).clamp_min(1e-12)
+    structure = problem.model.structure
+    sizes: dict[int, Tensor] = {}
+    evaluation = problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows)) if structure.enumerated else None
+    for variable in evaluation.variables.values() if evaluation else ():
+        if variable.size in sizes or variable.size > problem.num_rows:
+            continue
+        seed = int(torch.randint(2**31 - 1, (), generator=generator))
+        labels = KMeans(variable.size, n_init=1, random_state=seed).fit_predict(features.numpy())
+        sizes[variable.size] = torch.as_tensor(labels, dtype=torch.long)
+    return sizes
