@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lvmppl.algorithms import em, enumeration, svi, vem
-from lvmppl.fit import Fit
+from lvmppl.fitted import Fit
 
 INFER: dict[str, Callable[[Any, Any], Fit]] = {
     "enumeration": enumeration.infer,

@@ -14,7 +14,7 @@ from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, require_enumerated
 from lvmppl.algorithms.start import start_values
 from lvmppl.density import unvalidated
-from lvmppl.fit import Fit
+from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
 
 ROUNDING = 1e-9  # relative fall of the log evidence that rounding may cause

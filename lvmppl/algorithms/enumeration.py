@@ -26,7 +26,7 @@ from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, require_enumerated
 from lvmppl.algorithms.start import start_values
 from lvmppl.density import Coordinates, unvalidated
-from lvmppl.fit import Fit
+from lvmppl.fitted import Fit
 from lvmppl.options import EnumerationOptions
 
 

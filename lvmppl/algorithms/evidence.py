@@ -10,7 +10,7 @@ from torch import Tensor
 from lvmppl.algorithms.problem import Problem
 from lvmppl.density import Factor, Rows, Values
 from lvmppl.exact.elimination import eliminate
-from lvmppl.posterior import Posterior
+from lvmppl.posteriors import Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
 

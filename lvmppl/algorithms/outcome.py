@@ -16,9 +16,9 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.stepper import reseed
 from lvmppl.density import Values
 from lvmppl.elbo import elbo
-from lvmppl.fit import Fit, history_frame
+from lvmppl.fitted import Fit, history_frame
 from lvmppl.options import Options
-from lvmppl.posterior import Posterior
+from lvmppl.posteriors import Posterior
 
 ELBO_DRAWS = 200  # draws of the guide for the reported ELBO and its standard error, where sites are drawn
 

@@ -14,7 +14,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, batch_elbo, draws, reseed
 from lvmppl.density import unvalidated
-from lvmppl.fit import Fit
+from lvmppl.fitted import Fit
 from lvmppl.options import SVIOptions
 
 WINDOW = 50  # steps over which a noisy objective is averaged before the stopping rule looks at it

@@ -17,7 +17,7 @@ from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, batch_elbo, draws, reseed
 from lvmppl.density import unvalidated
 from lvmppl.elbo import elbo, model_terms
-from lvmppl.fit import Fit
+from lvmppl.fitted import Fit
 from lvmppl.options import VEMOptions
 
 
@@ -25,7 +25,7 @@ def infer(problem: Problem, options: VEMOptions) -> Fit:
     """Maximise the ELBO over λ and θ in turn."""
     assert problem.guided is not None
     with unvalidated():
-        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: _run(problem, options, r))
+        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r))
     return finish(problem, options, done, best_of(done))
 
 
@@ -90,7 +90,8 @@ class _Alternation:
             stepper.average.after_step(stepper.leaves)
 
 
-def _run(problem: Problem, options: VEMOptions, restart: int) -> Trajectory:
+def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajectory:
+    """One restart: E and M phases in turn until the stopping rule is met."""
     trajectory = Trajectory(restart, "elbo")
     state = _Alternation(problem, options, restart)
     stopping = Stopping(options.tolerance)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lvmppl.density import Factor, Variable
 from lvmppl.errors import InputError
-from lvmppl.posterior import Posterior
+from lvmppl.posteriors import Posterior
 
 HISTORY_COLUMNS = ("restart", "step", "seconds", "objective", "objective_kind")
 _FORMAT = "lvmppl-fit-1"

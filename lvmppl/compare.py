@@ -1,0 +1,74 @@
+"""How far a variational posterior is from the exact one, as tables."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvmppl.elbo import GuideWeights, expectation
+from lvmppl.exact.named import Named
+from lvmppl.fitted import Fit
+from lvmppl.posteriors import Posterior
+
+
+def kl_per_datum(variational: Posterior, exact: Posterior) -> Tensor:
+    """KL[q(z; λ⁽ⁿ⁾) ‖ p(z | x⁽ⁿ⁾; θ)] [N] (a scalar for coupled data), from the two posteriors' own tables.
+
+    −H[q] − Σ_v E_q log p(z_v | x, later sites): no log evidence and no ELBO enters, so that
+    log p(x) = ELBO + KL is a check and not a definition. Sites that q leaves out are summed out of p first.
+    """
+    names = frozenset(variational.variables)
+    weights = GuideWeights(variational.factors, variational.variables, names)
+    total = -variational.entropy()
+    left_out = [n for n in exact.variables if n not in names]
+    for variable, table, plates in exact.conditionals(first=left_out):
+        if variable not in names:
+            continue
+        mean = expectation(table, weights, exact.plate_sizes)
+        total = total - _spread(mean, plates, exact, total)
+    return total
+
+
+def _spread(mean: Named, plates: frozenset[str], exact: Posterior, like: Tensor) -> Tensor:
+    """Sum over every plate but the data plate; all plates when the data are coupled."""
+    keep = exact.data_plate if like.dim() else None
+    axes = [i for i, d in enumerate(mean.dims) if d != keep]
+    tensor = mean.tensor.sum(axes) if axes else mean.tensor
+    for plate in plates:
+        if plate not in mean.dims and plate != keep:
+            tensor = tensor * exact.plate_sizes[plate]
+    return tensor.expand(like.shape)
+
+
+def gaps(name: str, fit: Fit) -> pd.DataFrame:
+    """A row per datum of a fit with a guide: log_evidence, elbo and their gap, the KL of the two posteriors.
+
+    Where the exact posterior does not exist, log_evidence and gap are empty.
+    """
+    if fit.elbo_per_datum is None:
+        return pd.DataFrame(columns=["fit", "datum", "log_evidence", "elbo", "gap"])
+    size = len(fit.elbo_per_datum)
+    frame = pd.DataFrame({"fit": pd.Series([name] * size, dtype="string"), "datum": pd.array(range(size), dtype="Int64")})
+    exact = fit.posterior
+    evidence = exact.log_evidence_per_datum if exact is not None else None
+    nothing = torch.full((size,), math.nan)
+    frame["log_evidence"] = (nothing if evidence is None else evidence).double().numpy()
+    frame["elbo"] = fit.elbo_per_datum.double().numpy()
+    gap = nothing
+    if exact is not None and evidence is not None and fit.variational is not None:
+        gap = kl_per_datum(fit.variational, exact)
+    frame["gap"] = gap.double().numpy()
+    return frame
+
+
+def total_gap(fit: Fit) -> float:
+    """KL[q ‖ p(z | x)] over all data, NaN where either is not to be had exactly."""
+    if fit.posterior is None or fit.variational is None or fit.moments:
+        return math.nan
+    return float(kl_per_datum(fit.variational, fit.posterior).sum())
+
+
+__all__ = ["gaps", "kl_per_datum", "total_gap"]

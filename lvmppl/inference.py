@@ -1,0 +1,158 @@
+"""The Python face: `fit` and `posterior` for a model, a dictionary of tensors and, perhaps, a guide."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lvmppl.algorithms import INFER
+from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.problem import Problem, Progress, build_problem, require_enumerated
+from lvmppl.density import derive_seed, isolated
+from lvmppl.errors import InputError
+from lvmppl.fitted import Fit
+from lvmppl.options import Options, parse_options
+from lvmppl.posteriors import Posterior
+
+Data = Mapping[str, Any]
+
+
+def fit(
+    model: Callable[..., Any],
+    data: Data,
+    algorithm: str = "em",
+    *,
+    guide: Callable[..., Any] | None = None,
+    data_plate: str | None = None,
+    seed: int = 0,
+    start_from: Fit | None = None,
+    **options: Any,
+) -> Fit:
+    """Fit θ (and λ) of a model written in Pyro; every option of the YAML is a keyword.
+
+    model: any callable that takes the data as keywords. data: tensors (or arrays) that share their first axis, the rows.
+    algorithm: `em`, `enumeration`, `vem` or `svi`. guide: for vem and svi; a guide with a parameter `model` is built from
+    the model first, as Pyro's autoguides are. start_from: an earlier fit whose parameters are this one's start.
+
+    The dtype is that of the floating data, else torch's default. Nothing global survives the call.
+
+    Raises:
+        InputError: the data, an option, the model or the guide is wrong; the message says what to do.
+        IntractableError: the algorithm needs an exact posterior that does not exist.
+    """
+    parsed = parse_options(algorithm, options, f"fit(algorithm='{algorithm}')")
+    if algorithm in ("vem", "svi") and guide is None:
+        raise InputError(f"fit(algorithm='{algorithm}')", "a guide", "none", "pass guide=…, such as lvmppl.guides' categorical")
+    if algorithm in ("em", "enumeration") and guide is not None:
+        raise InputError(f"fit(algorithm='{algorithm}')", "no guide: the posterior is exact", "a guide", "leave it out")
+    tensors = as_tensors(data)
+    with isolated(derive_seed(seed, "fit"), dtype_of(tensors)):
+        problem = build_problem(
+            "fit",
+            model,
+            tensors,
+            guide=guide,
+            guide_takes_model=takes_model(guide),
+            guide_name=_name(guide),
+            data_plate=data_plate,
+            start=None if start_from is None else {**start_from.parameters, **start_from.guide_parameters},
+            frozen=getattr(parsed, "freeze", ()),
+            seed=seed,
+        )
+        return run_problem(problem, parsed)
+
+
+def posterior(
+    model: Callable[..., Any],
+    data: Data,
+    parameters: Mapping[str, Tensor] | None = None,
+    *,
+    data_plate: str | None = None,
+) -> Posterior:
+    """The exact posterior p(z | x; θ) and log evidence, at `parameters` or at the model's own start.
+
+    Raises:
+        IntractableError: there is none; the message names the sites in the way and what to use instead.
+        InputError: the data, the model or a parameter is wrong.
+    """
+    tensors = as_tensors(data)
+    with isolated(derive_seed(0, "posterior"), dtype_of(tensors)):
+        problem = build_problem("posterior", model, tensors, data_plate=data_plate, start=parameters)
+        unknown = [n for n in parameters or () if n not in problem.theta]
+        if unknown:
+            listing = ", ".join(problem.theta) or "it has none"
+            raise InputError("parameters", f"parameters of the model ({listing})", ", ".join(unknown))
+        require_enumerated(problem, "exact posterior")
+        return exact_posterior(problem, problem.initial)
+
+
+def run_problem(problem: Problem, options: Options) -> Fit:
+    """Run one algorithm on a problem that is already built."""
+    return INFER[options.algorithm](problem, options)
+
+
+def as_tensors(data: Data) -> dict[str, Tensor]:
+    """Tensors from tensors, arrays and lists; names are the model's keywords."""
+    if not isinstance(data, Mapping) or not data:
+        raise InputError("data", "a dictionary of named tensors", type(data).__name__, "write {'x': x}")
+    result = {}
+    for name, value in data.items():
+        try:
+            tensor = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"data['{name}']", "a tensor or an array of numbers", type(value).__name__) from error
+        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+            rows = torch.nonzero(torch.isnan(tensor.reshape(len(tensor), -1)).any(1)).flatten() if tensor.dim() else tensor
+            raise InputError(f"data['{name}']", "no missing values", f"NaN in row {int(rows.flatten()[0])}")
+        result[name] = tensor
+    return result
+
+
+def dtype_of(data: Mapping[str, Tensor]) -> torch.dtype:
+    """The dtype of the floating data, else torch's default."""
+    kinds = {t.dtype for t in data.values() if t.is_floating_point()}
+    if len(kinds) > 1:
+        raise InputError("data", "one floating dtype", ", ".join(sorted(map(str, kinds))), "convert them to one")
+    return kinds.pop() if kinds else torch.get_default_dtype()
+
+
+def takes_model(guide: Callable[..., Any] | None) -> bool:
+    """Whether a guide is built from the model (Pyro's autoguide convention): it has a parameter called `model`."""
+    if guide is None or isinstance(guide, nn.Module):
+        return False
+    try:
+        return "model" in inspect.signature(guide).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def bind_guide(guide: Callable[..., Any], args: Mapping[str, Any], model_args: Mapping[str, Any]) -> Callable[..., Any]:
+    """A guide with its args and those of the model's args it has a parameter for."""
+    names = inspect.signature(guide).parameters
+    shared = {k: v for k, v in model_args.items() if k in names and k not in args}
+    if isinstance(guide, type):
+        built: Callable[..., Any] = guide(**shared, **args)
+        return built
+    return functools.partial(guide, **shared, **args)
+
+
+def bind_model(model: Callable[..., Any], args: Mapping[str, Any]) -> Callable[..., Any]:
+    """A model that takes the data alone: a class is built once from `args`, a function is called with them each time."""
+    if isinstance(model, type):
+        built: Callable[..., Any] = model(**args)
+        return built
+    return functools.partial(model, **args) if args else model
+
+
+def _name(guide: Callable[..., Any] | None) -> str | None:
+    if guide is None:
+        return None
+    return str(getattr(guide, "__name__", type(guide).__name__))
+
+
+__all__ = ["Progress", "as_tensors", "bind_guide", "bind_model", "dtype_of", "fit", "posterior", "run_problem", "takes_model"]

@@ -1,0 +1,493 @@
+"""From an experiment file to fits, tables, pictures and a report: the only module that composes the others."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvmppl import catalogue, data, plots, report, tables
+from lvmppl.algorithms import INFER
+from lvmppl.algorithms.heldout import score_rows
+from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem, require_enumerated
+from lvmppl.compare import gaps, total_gap
+from lvmppl.density import derive_seed, isolated
+from lvmppl.errors import InputError
+from lvmppl.fitted import Fit
+from lvmppl.inference import bind_guide, bind_model, takes_model
+from lvmppl.options import Options
+from lvmppl.posteriors import Posterior
+from lvmppl.spec import Experiment, load_experiment, to_yaml
+
+SMOKE_STEPS = 3
+LARGE_PARAMETER = 10_000  # entries beyond which a tensor goes to parameters.safetensors
+_MARKS = ("experiment.yaml", "environment.json")  # what makes a folder a run
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run wrote, as DataFrames; `fits` are the results themselves and `failed` names those that failed."""
+
+    directory: Path
+    summary: pd.DataFrame
+    history: pd.DataFrame
+    parameters: pd.DataFrame
+    posterior: pd.DataFrame
+    gaps: pd.DataFrame
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+    failed: tuple[str, ...] = ()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during a run; `message` says what was kept."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+@dataclass
+class _Plan:
+    """An experiment made ready: everything that can be wrong with the input has been found out."""
+
+    experiment: Experiment
+    base: Path
+    dataset: data.Dataset
+    model: Callable[..., Any]
+    dtype: torch.dtype
+    builders: dict[str, Callable[[Mapping[str, Fit], Progress], Problem]]
+    options: dict[str, Options]
+
+
+def run(
+    experiment: str | Path,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    smoke: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Run an experiment and write its folder (default `runs/<name>`).
+
+    A fit that fails leaves a row in the summary and does not stop the others. The folder appears when everything in it
+    is written; an earlier run of the same folder is replaced.
+
+    Raises:
+        InputError: the experiment, its data, model or guides are wrong; nothing has been written.
+        Interrupted: Ctrl-C; the fits that had finished are written.
+    """
+    loaded, base = load_experiment(experiment, overrides)
+    directory = Path(out) if out is not None else Path("runs") / loaded.name
+    _check_directory(directory)
+    with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
+        plan = _prepare(loaded, base, smoke)
+        order = _order(plan.options)
+        _build_all(plan, order)
+        fits, failures, interrupted = _run_fits(plan, order, progress or Silent())
+        result = _collect(plan, fits, failures, directory)
+    _write(plan, result, interrupted)
+    if interrupted is not None:
+        kept = f"the results of {', '.join(fits)} are in {directory}" if fits else "no fit had finished; nothing is kept"
+        raise Interrupted(f"interrupted during fit '{interrupted}': {kept}")
+    return result
+
+
+def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, bool, str]]:
+    """Everything that can be wrong before a long run; fits nothing. Rows of (subject, ok, text).
+
+    Raises:
+        InputError: the first thing found wrong.
+    """
+    loaded, base = load_experiment(experiment, overrides)
+    lines: list[tuple[str, bool, str]] = [("experiment", True, f"'{loaded.name}': {len(loaded.fits)} fits, {loaded.dtype}")]
+    with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
+        plan = _prepare(loaded, base, smoke=True)
+        shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in plan.dataset.tensors.items())
+        lines.append(("data", True, f"{loaded.data.source}: {shapes}"))
+        order = _order(plan.options)
+        problems = _build_all(plan, order)
+        first = problems[order[0]].model.structure
+        sites = ", ".join(f"{s.name} ({s.family}, {s.kind})" for s in first.sites.values())
+        theta = ", ".join(f"{n} {list(s.initial.shape)}" for n, s in first.parameters.items()) or "none"
+        lines.append(("model", True, f"sites {sites}; parameters {theta}; data plate {first.data_plate or 'none'}"))
+        lines.append(("exact engine", True, _engine(problems[order[0]])))
+        for name in order:
+            lines.append((f"fit {name}", True, _try_fit(problems[name], plan.options[name])))
+    return lines
+
+
+def _engine(problem: Problem) -> str:
+    open_sites = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
+    if open_sites:
+        return f"none: {', '.join(open_sites)} not enumerated"
+    return f"enumeration of {', '.join(problem.model.structure.enumerated) or 'nothing'} by variable elimination"
+
+
+def _try_fit(problem: Problem, options: Options) -> str:
+    """One step of a fit, thrown away."""
+    fit = INFER[options.algorithm](problem, options.model_copy(update=_cut(options, 1)))
+    what = f"guide {fit.guide}, ELBO" if problem.guided else "log evidence"
+    return f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
+
+
+def _cut(options: Options, steps: int) -> dict[str, Any]:
+    fields = type(options).model_fields
+    cut: dict[str, Any] = {}
+    if "max_steps" in fields:
+        cut["max_steps"] = min(steps, getattr(options, "max_steps", steps))
+    if "restarts" in fields:
+        cut["restarts"] = 1 if steps == 1 else min(2, getattr(options, "restarts", 1))
+    return cut
+
+
+# ------------------------------------------------------------------------------------------------ preparation
+
+
+def _dtype(experiment: Experiment) -> torch.dtype:
+    return {"float32": torch.float32, "float64": torch.float64}[experiment.dtype]
+
+
+def _prepare(experiment: Experiment, base: Path, smoke: bool) -> _Plan:
+    dtype = _dtype(experiment)
+    dataset = data.load(experiment.data, base, dtype, derive_seed(experiment.seed, "split") % 2**32)
+    if "mcmc" in {o.algorithm for o in experiment.fits.values()} or experiment.reference is not None:
+        raise InputError("mcmc", "an algorithm of this version (em, enumeration, vem, svi)", "mcmc", "leave it out")
+    spec = experiment.model
+    function = catalogue.resolve(spec.use, "model.use", base, "model")
+    catalogue.check_arguments(function, spec.args, tuple(dataset.tensors), "model.args")
+    model = _bind(lambda: bind_model(function, spec.args), f"model '{spec.use}'")
+    options = {n: o.model_copy(update=_cut(o, SMOKE_STEPS)) if smoke else o for n, o in experiment.fits.items()}
+    plan = _Plan(experiment, base, dataset, model, dtype, {}, options)
+    for name, option in options.items():
+        plan.builders[name] = _builder(plan, name, option)
+    return plan
+
+
+def _bind(build: Callable[[], Callable[..., Any]], where: str) -> Callable[..., Any]:
+    try:
+        return build()
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(where, "a class that can be built from args", f"{type(error).__name__}: {error}") from error
+
+
+def _builder(plan: _Plan, name: str, options: Options) -> Callable[[Mapping[str, Fit], Progress], Problem]:
+    """How to build a fit's problem, given the fits that it starts from; its guide's arguments are checked now."""
+    spec = getattr(options, "guide", None)
+    guide: Callable[..., Any] | None = None
+    guide_args: dict[str, Any] = {}
+    model_aware = False
+    if spec is not None:
+        where = f"fits.{name}.guide"
+        found = catalogue.resolve(spec.use, f"{where}.use", plan.base, "guide")
+        model_aware = takes_model(found)
+        model_args = plan.experiment.model.args
+        if model_aware:
+            catalogue.check_arguments(found, spec.args, (), f"{where}.args")
+            guide, guide_args = found, dict(spec.args)
+        else:
+            offered = (*plan.dataset.tensors, *(a for a in model_args if a not in spec.args))
+            catalogue.check_arguments(found, spec.args, offered, f"{where}.args")
+            guide = _bind(lambda: bind_guide(found, spec.args, model_args), where)
+
+    def build(done: Mapping[str, Fit], progress: Progress) -> Problem:
+        origin = getattr(options, "start_from", None)
+        start: dict[str, Tensor] | None = None
+        if origin in done:
+            start = {**done[origin].parameters, **done[origin].guide_parameters}
+        seed = plan.experiment.seed
+        torch.manual_seed(derive_seed(seed, name, "build"))
+        return build_problem(
+            name,
+            plan.model,
+            plan.dataset.tensors,
+            guide=guide,
+            guide_takes_model=model_aware,
+            guide_args=guide_args,
+            guide_name=None if spec is None else spec.use,
+            data_plate=plan.experiment.model.data_plate,
+            start=start,
+            frozen=getattr(options, "freeze", ()),
+            seed=seed,
+            progress=progress,
+        )
+
+    return build
+
+
+def _order(options: Mapping[str, Options]) -> list[str]:
+    """Fits in the order of the file, each after the one it starts from."""
+    done: list[str] = []
+
+    def visit(name: str) -> None:
+        origin = getattr(options[name], "start_from", None)
+        if origin is not None and origin not in done:
+            visit(origin)
+        if name not in done:
+            done.append(name)
+
+    for name in options:
+        visit(name)
+    return done
+
+
+def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
+    """Build every problem once before any fit runs: what is wrong with a model or guide is the user's to know now."""
+    problems = {}
+    for name in order:
+        where = f"fits.{name}"
+        try:
+            problems[name] = plan.builders[name]({}, Silent())
+            algorithm = plan.options[name].algorithm
+            if algorithm in ("em", "enumeration"):
+                require_enumerated(problems[name], algorithm)
+            batch = getattr(plan.options[name], "batch_size", None)
+            if batch is not None and problems[name].data_plate is None:
+                raise InputError(f"{where}.batch_size", "a model with a data plate", "a model without one", "leave it out")
+        except InputError as error:
+            raise _within(where, error) from error
+    plate = problems[order[0]].data_plate
+    if plan.experiment.data.test_fraction and plate is None:
+        raise InputError("data.test_fraction", "a model with a data plate", "a model without one", "set it to 0")
+    return problems
+
+
+def _within(where: str, error: InputError) -> InputError:
+    """The same message, saying which fit it was."""
+    if error.where.startswith(where):
+        return error
+    return type(error)(f"{where}: {error.where}", error.expected, error.got, error.fix)
+
+
+# ---------------------------------------------------------------------------------------------------- fitting
+
+
+def _run_fits(
+    plan: _Plan, order: Sequence[str], progress: Progress
+) -> tuple[dict[str, tuple[Problem, Fit]], dict[str, str], str | None]:
+    """Run the fits; (finished, messages of those that failed, the one that was interrupted)."""
+    finished: dict[str, tuple[Problem, Fit]] = {}
+    failures: dict[str, str] = {}
+    for name in order:
+        try:
+            origin = getattr(plan.options[name], "start_from", None)
+            if origin in failures:
+                raise InputError(f"fits.{name}.start_from", "a fit that finished", f"'{origin}', which failed")
+            problem = plan.builders[name]({n: f for n, (_, f) in finished.items()}, progress)
+            finished[name] = (problem, INFER[plan.options[name].algorithm](problem, plan.options[name]))
+        except KeyboardInterrupt:
+            return finished, failures, name
+        except Exception as error:  # a failed fit must not take the others' results with it
+            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            progress.finish("failed")
+    return finished, failures, None
+
+
+def _collect(
+    plan: _Plan, fits: Mapping[str, tuple[Problem, Fit]], failures: Mapping[str, str], directory: Path
+) -> Run:
+    summary = [_summary_row(plan, name, fits, failures) for name in plan.experiment.fits if name in fits or name in failures]
+    parts: dict[str, list[pd.DataFrame]] = {"history": [], "parameters": [], "posterior": [], "gaps": []}
+    for name in plan.experiment.fits:
+        if name not in fits:
+            continue
+        _, fit = fits[name]
+        parts["history"].append(_labelled(fit.all_history, name))
+        parts["parameters"].append(_parameter_rows(name, fit))
+        parts["posterior"].extend(_posterior_rows(name, fit))
+        parts["gaps"].append(gaps(name, fit))
+    frames = {
+        key: tables.validate(key, pd.concat(frames, ignore_index=True)) if frames else tables.empty(key)
+        for key, frames in ((k, [f for f in v if len(f)]) for k, v in parts.items())
+    }
+    whole = tables.validate("summary", pd.DataFrame(summary)) if summary else tables.empty("summary")
+    results = {name: fit for name, (_, fit) in fits.items()}
+    bad = tuple(n for n in plan.experiment.fits if n in failures)
+    return Run(directory, whole, frames["history"], frames["parameters"], frames["posterior"], frames["gaps"], results, bad)
+
+
+def _summary_row(
+    plan: _Plan, name: str, fits: Mapping[str, tuple[Problem, Fit]], failures: Mapping[str, str]
+) -> dict[str, Any]:
+    options = plan.options[name]
+    spec = getattr(options, "guide", None)
+    row: dict[str, Any] = {"fit": name, "algorithm": options.algorithm, "guide": spec.use if spec else ""}
+    if name in failures:
+        blank = {c: math.nan for c in tables.SCHEMAS["summary"] if c not in row}
+        return {**blank, **row, "status": "failed", "steps": 0, "log_evidence_kind": "none", "message": failures[name]}
+    problem, fit = fits[name]
+    test_evidence, test_elbo = math.nan, math.nan
+    if plan.dataset.test:
+        test_evidence, test_elbo = score_rows(problem, fit, plan.model, plan.dataset.test)
+    return {
+        **row,
+        "status": fit.status,
+        "steps": fit.steps,
+        "seconds": fit.seconds,
+        "log_evidence": fit.log_evidence,
+        "log_evidence_kind": fit.log_evidence_kind,
+        "log_evidence_error": fit.log_evidence_error,
+        "elbo": fit.elbo,
+        "elbo_error": fit.elbo_error,
+        "gap": total_gap(fit),
+        "test_log_evidence": test_evidence,
+        "test_elbo": test_elbo,
+        "message": fit.message,
+    }
+
+
+def _labelled(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    return frame.assign(fit=pd.Series([name] * len(frame), dtype="string"))
+
+
+def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
+    rows: list[tuple[str, str, str, float]] = []
+    for parameter, value in fit.parameters.items():
+        if value.numel() > LARGE_PARAMETER:
+            continue
+        flat = value.detach().double().reshape(-1).tolist()
+        if value.dim() == 0:
+            rows.append((name, parameter, "", flat[0]))
+            continue
+        index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape)).reshape(-1, value.dim()).tolist()
+        rows += [(name, parameter, ",".join(map(str, i)), v) for i, v in zip(index, flat, strict=True)]
+    return pd.DataFrame(rows, columns=["fit", "parameter", "position", "value"])
+
+
+def _posterior_rows(name: str, fit: Fit) -> list[pd.DataFrame]:
+    """Rows of kind exact and variational, datum numbered within the training rows."""
+    frames = []
+    for kind, found in (("exact", fit.posterior), ("variational", fit.variational)):
+        if found is not None and isinstance(found, Posterior) and found.variables:
+            frames.append(found.to_frame().assign(fit=name, kind=kind))
+    for site, moments in fit.moments.items():
+        frames.append(_moment_rows(site, moments, len(fit.elbo_per_datum) if fit.elbo_per_datum is not None else 0).assign(fit=name, kind="variational"))
+    return frames
+
+
+def _moment_rows(site: str, moments: Tensor, size: int) -> pd.DataFrame:
+    """Mean and sd of a drawn site: rows by datum where its first axis is the data plate."""
+    shape = moments.shape[1:]
+    local = len(shape) > 0 and shape[0] == size
+    count = moments[0].numel()
+    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
+    return pd.DataFrame(
+        {
+            "site": site,
+            "datum": pd.array([i[0] if local else pd.NA for i in index], dtype="Int64"),
+            "position": [",".join(map(str, i[1:] if local else i)) for i in index],
+            "state": pd.array([pd.NA] * count, dtype="Int64"),
+            "probability": math.nan,
+            "mean": moments[0].reshape(-1).double().numpy(),
+            "sd": moments[1].reshape(-1).double().numpy(),
+        }
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse a folder that is not ours to replace, or not ours to write, before anything runs."""
+    where = f"output folder {directory}"
+    if directory.exists():
+        if not directory.is_dir():
+            raise InputError(where, "a folder", "a file", "give another --out")
+        entries = list(directory.iterdir())
+        if entries and not all((directory / mark).exists() for mark in _MARKS):
+            raise InputError(where, "a new folder or one of an earlier run", "a folder with other files", "give another --out")
+    parent = directory
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(where, "a folder that can be written", f"no write permission in {parent}", "give another --out")
+
+
+def _write(plan: _Plan, result: Run, interrupted: str | None) -> None:
+    """Write everything to a folder beside the target and move it into place at the end."""
+    if interrupted is not None and not result.fits:
+        return
+    target = result.directory
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        _write_into(plan, result, staging)
+        staging.chmod(0o755)
+        if target.exists():
+            shutil.rmtree(target)
+        staging.rename(target)
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging)
+
+
+def _write_into(plan: _Plan, result: Run, directory: Path) -> None:
+    text = to_yaml(plan.experiment)
+    (directory / "experiment.yaml").write_text(text, encoding="utf-8")
+    environment = _environment()
+    (directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    frames = {
+        "summary": result.summary,
+        "history": result.history,
+        "parameters": result.parameters,
+        "posterior": result.posterior,
+        "gaps": result.gaps,
+    }
+    tables.write_tables(directory, frames)
+    large = {
+        f"{name}/{p}": v.contiguous().clone()
+        for name, fit in result.fits.items()
+        for p, v in fit.parameters.items()
+        if v.numel() > LARGE_PARAMETER
+    }
+    if large:
+        from safetensors.torch import save_file
+
+        save_file(large, str(directory / "parameters.safetensors"))
+    pictures = plots.draw_all(frames, _data_frame(plan.dataset), directory / "plots")
+    report.write_report(directory, frames, pictures, environment, text)
+
+
+def _data_frame(dataset: data.Dataset) -> pd.DataFrame:
+    """The numeric features of the training rows, one column each, for scatter plots."""
+    columns: dict[str, Any] = {}
+    for name, tensor in dataset.tensors.items():
+        if not tensor.is_floating_point() or tensor.dim() > 2:
+            continue
+        names = dataset.columns.get(name, ())
+        if tensor.dim() == 1:
+            columns[f"{name}.{names[0]}" if names else name] = tensor.double().numpy()
+        else:
+            for i in range(tensor.shape[1]):
+                columns[f"{name}.{names[i] if i < len(names) else i}"] = tensor[:, i].double().numpy()
+    return pd.DataFrame(columns, index=pd.RangeIndex(dataset.num_rows, name="datum"))
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("lvmppl", "torch", "pyro-ppl", "pandas", "numpy", "scikit-learn", "matplotlib")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed as a package"
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "packages": versions,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
