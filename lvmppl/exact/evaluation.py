@@ -1,8 +1,10 @@
-"""What every continuous kernel does with a log joint: evaluate it in pieces, differentiate it, put its gradient back.
+"""What every continuous kernel does with a log joint: evaluate it in pieces, differentiate it, put its
+gradient back.
 
-A *log joint* is a pure function ``log_joint(z) -> log p(x, z; θ)`` of the latent values ``z  [S, *rows, d]``, with result
-``[S, *rows]`` in nats: ``S`` points a row, rows independent of one another. ``rows`` is any shape: ``(N,)`` for N data,
-``(C, N)`` for N data under each of C discrete configurations. It may return −∞ but must not raise where the density is 0.
+A *log joint* is a pure function ``log_joint(z) -> log p(x, z; θ)`` of the latent values ``z  [S, *rows, d]``,
+with result ``[S, *rows]`` in nats: ``S`` points a row, rows independent of one another. ``rows`` is any
+shape: ``(N,)`` for N data, ``(C, N)`` for N data under each of C discrete configurations. It may return −∞
+but must not raise where the density is 0.
 """
 
 from __future__ import annotations
@@ -23,10 +25,14 @@ CHUNK = 1 << 18
 
 
 class NotQuadratic(InputError):
-    """The log joint is not quadratic in z; ``discrepancy`` is the largest deviation found, in units of its tolerance."""
+    """The log joint is not quadratic in z; ``discrepancy`` is the largest deviation found, in units of its
+    tolerance.
+    """
 
     def __init__(self, where: str, got: str, discrepancy: float) -> None:
-        super().__init__(where, "a log joint quadratic in the latent values", got, "use quadrature or a bound")
+        super().__init__(
+            where, "a log joint quadratic in the latent values", got, "use quadrature or a bound"
+        )
         self.discrepancy = discrepancy
 
     def __reduce__(self) -> tuple[type[NotQuadratic], tuple[str, str, float]]:  # type: ignore[override]
@@ -43,8 +49,10 @@ def row_shape(rows: Rows) -> tuple[int, ...]:
 
 
 def pieces(z: Tensor, rows: int, chunk: int) -> Iterator[Tensor]:
-    """``z [S, ...]`` cut along S so that a piece has at most ``chunk`` points over all rows (but at least one a row)."""
-    yield from z.split(max(1, chunk // max(1, rows)))
+    """``z [S, ...]`` cut along S so that a piece has at most ``chunk`` points over all rows (but at least one
+    a row).
+    """
+    yield from torch.split(z, max(1, chunk // max(1, rows)))
 
 
 def checked_value(log_joint: LogJoint, z: Tensor) -> Tensor:
@@ -66,7 +74,9 @@ def evaluate(log_joint: LogJoint, z: Tensor, chunk: int = CHUNK) -> Tensor:
 
 
 def value_and_gradient(log_joint: LogJoint, z: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:
-    """log p(x, z) and ∇_z log p(x, z) at ``z [S, *rows, d]``, both detached: ``[S, *rows]`` and ``[S, *rows, d]``."""
+    """log p(x, z) and ∇_z log p(x, z) at ``z [S, *rows, d]``, both detached: ``[S, *rows]`` and ``[S, *rows,
+    d]``.
+    """
     rows = z[0, ..., 0].numel()
     values, gradients = [], []
     for part in pieces(z.detach(), rows, chunk):
@@ -86,11 +96,13 @@ def value_and_gradient(log_joint: LogJoint, z: Tensor, chunk: int = CHUNK) -> tu
 def with_gradient(
     log_evidence: Tensor, log_joint: LogJoint, z: Tensor, weights: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """``log_evidence`` unchanged in value, with ∇_θ log Z = E_post[∇_θ log p(x, z; θ)] = Σ_s w_s ∇_θ log p(x, z_s; θ).
+    """``log_evidence`` unchanged in value, with ∇_θ log Z = E_post[∇_θ log p(x, z; θ)] = Σ_s w_s ∇_θ log p(x,
+    z_s; θ).
 
-    ``z [S, *rows, d]`` and ``weights [S, *rows]`` (or ``[S, 1, ...]``) are held fixed; they need only integrate ∇_θ log p
-    against the posterior. More points than ``chunk`` are recomputed in the backward pass instead of being stored.
-    Outside of autograd, or when the log joint depends on nothing that requires a gradient, nothing is evaluated twice.
+    ``z [S, *rows, d]`` and ``weights [S, *rows]`` (or ``[S, 1, ...]``) are held fixed; they need only
+    integrate ∇_θ log p against the posterior. More points than ``chunk`` are recomputed in the backward pass
+    instead of being stored. Outside of autograd, or when the log joint depends on nothing that requires a
+    gradient, nothing is evaluated twice.
     """
     if not torch.is_grad_enabled():
         return log_evidence

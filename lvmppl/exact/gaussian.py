@@ -4,9 +4,10 @@
     p(z | x)    = N(z; c + Λ⁻¹g, Λ⁻¹),
     log p(x)    = v + ½ gᵀΛ⁻¹g + (d/2) log 2π − ½ log|Λ|
 
-That it is quadratic is checked, never assumed. Shapes: ``S`` points, ``rows`` independent posteriors (``(N,)``, or ``(C, N)`` for N data
-under each of C discrete configurations, whose evidence is then the log-sum-exp over C), ``d`` latent dims. Everything is in nats.
-A single global z is one row. Time series with more latents than a dense precision can hold: ``lvmppl.exact.state_space``.
+That it is quadratic is checked, never assumed. Shapes: ``S`` points, ``rows`` independent posteriors
+(``(N,)``, or ``(C, N)`` for N data under each of C discrete configurations, whose evidence is then the
+log-sum-exp over C), ``d`` latent dims. Everything is in nats. A single global z is one row. Time series with
+more latents than a dense precision can hold: ``lvmppl.exact.state_space``.
 """
 
 from __future__ import annotations
@@ -31,11 +32,13 @@ from lvmppl.exact.evaluation import (
 
 LOG_2PI = math.log(2.0 * math.pi)
 
-# Distances of the random checks from the mode, in posterior standard deviations. The far ones, taken on both sides, tell a
-# quadratic from the log-sum-exp of several, which is quadratic to all digits around each of its modes.
+# Distances of the random checks from the mode, in posterior standard deviations. The far ones, taken on both
+# sides, tell a quadratic from the log-sum-exp of several, which is quadratic to all digits around each of its
+# modes.
 CHECK_RADII = (0.5, 3.0, 30.0, 1e3, 1e5)
 
-# Steps of the difference of gradients, in standard deviations: any step is exact for a quadratic, a long one divides the rounding.
+# Steps of the difference of gradients, in standard deviations: any step is exact for a quadratic, a long one
+# divides the rounding.
 STEP = 256.0
 
 
@@ -44,8 +47,8 @@ class GaussianPosterior:
     """N(z; mean, Λ⁻¹) for every row, and the log evidence.
 
     ``log_evidence [*rows]`` is differentiable in whatever the log joint closes over; ``mean [*rows, d]`` and
-    ``precision_cholesky [*rows, d, d]`` (lower L, Λ = LLᵀ) are detached. A row whose density is 0 everywhere has
-    log evidence −∞ and a placeholder posterior.
+    ``precision_cholesky [*rows, d, d]`` (lower L, Λ = LLᵀ) are detached. A row whose density is 0 everywhere
+    has log evidence −∞ and a placeholder posterior.
     """
 
     log_evidence: Tensor
@@ -92,15 +95,17 @@ def gaussian_posterior(
     device: torch.device | str | None = None,
     chunk: int = CHUNK,
 ) -> GaussianPosterior:
-    """The posterior and log evidence of a log joint that is quadratic in ``z [S, *rows, dim]`` (see the module).
+    """The posterior and log evidence of a log joint that is quadratic in ``z [S, *rows, dim]`` (see the
+    module).
 
-    Gradients at d + 1 points give Λ exactly; they are taken three times, each time centred at the mode and scaled to unit precision,
-    so the last numbers are of order 1 however far from ``start`` (zeros) the data are. Cost: 3(d + 1) gradients, 32 values, and
-    d + 1 values with a graph if θ requires a gradient: these points, a simplex with the posterior's mean and covariance, integrate the
-    quadratic ∇_θ log p exactly.
+    Gradients at d + 1 points give Λ exactly; they are taken three times, each time centred at the mode and
+    scaled to unit precision, so the last numbers are of order 1 however far from ``start`` (zeros) the data
+    are. Cost: 3(d + 1) gradients, 32 values, and d + 1 values with a graph if θ requires a gradient: these
+    points, a simplex with the posterior's mean and covariance, integrate the quadratic ∇_θ log p exactly.
 
-    ``rtol`` is the allowed deviation from a quadratic relative to the log joint (default 4 ε^⅔: 1.5e-10 in float64).
-    Raises ``NotQuadratic`` with the measured discrepancy, ``ImproperPosterior`` if Λ is not positive definite.
+    ``rtol`` is the allowed deviation from a quadratic relative to the log joint (default 4 ε^⅔: 1.5e-10 in
+    float64). Raises ``NotQuadratic`` with the measured discrepancy, ``ImproperPosterior`` if Λ is not
+    positive definite.
     """
     rows = row_shape(num_rows)
     centre = torch.zeros(*rows, dim, dtype=dtype, device=device)
@@ -120,7 +125,9 @@ def gaussian_posterior(
     factor = torch.where(dead[..., None, None], inner, factor)
     mean = torch.where(dead[..., None], 0.0, centre + unwhiten(factor, white_mean))
     cholesky = factor @ inner
-    log_evidence = value + 0.5 * (gradient * white_mean).sum(-1) - _half_log_det(cholesky) + 0.5 * LOG_2PI * dim
+    log_evidence = (
+        value + 0.5 * (gradient * white_mean).sum(-1) - _half_log_det(cholesky) + 0.5 * LOG_2PI * dim
+    )
     simplex = _simplex(dim).to(mean)
     points = mean + unwhiten(cholesky, simplex.view(dim + 1, *[1] * len(rows), dim).expand(-1, *rows, -1))
     weights = torch.full_like(points[..., 0], 1.0 / (dim + 1))
@@ -128,19 +135,22 @@ def gaussian_posterior(
 
 
 def unwhiten(factor: Tensor, white: Tensor) -> Tensor:
-    """L⁻ᵀu for ``factor`` L ``[*rows, d, d]`` and ``white`` u ``[..., *rows, d]``: covariance (LLᵀ)⁻¹ if u has I."""
-    lead = white.shape[: white.dim() - factor.dim() + 1]
-    if not lead:
-        return torch.linalg.solve_triangular(factor.mT, white.unsqueeze(-1), upper=True).squeeze(-1)
-    columns = white.flatten(0, len(lead) - 1).movedim(0, -1)  # [*rows, d, S]: one solve a row, factor not copied
-    solved = torch.linalg.solve_triangular(factor.mT, columns, upper=True)
+    """L⁻ᵀu for ``factor`` L ``[*rows, d, d]`` and ``white`` u ``[..., *rows, d]``: of covariance (LLᵀ)⁻¹ if u
+    is white.
+    """
+    lead = white.dim() - factor.dim() + 1
+    # One solve a row for all its points, so that the factor is not copied to each.
+    columns = white.flatten(0, lead - 1).movedim(0, -1) if lead else white.unsqueeze(-1)  # [*rows, d, S]
+    solved: Tensor = torch.linalg.solve_triangular(factor.mT, columns, upper=True)
     return solved.movedim(-1, 0).reshape(white.shape)
 
 
 def _local_quadratic(
     log_joint: LogJoint, centre: Tensor, factor: Tensor, step: float, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Value, gradient and negative Hessian in u at u = 0, where z = centre + L⁻ᵀu, by differences of gradients."""
+    """Value, gradient and negative Hessian in u at u = 0, where z = centre + L⁻ᵀu, by differences of
+    gradients.
+    """
     dim = centre.shape[-1]
     steps = torch.cat([centre.new_zeros(1, dim), torch.eye(dim).to(centre) * step])
     white = steps.view(dim + 1, *[1] * (centre.dim() - 1), dim).expand(-1, *centre.shape)
@@ -173,7 +183,7 @@ def _check_constant(precision: Tensor, expected: Tensor, dead: Tensor) -> None:
     """Two measurements of the precision, at different centres and steps, must agree."""
     tolerance = torch.finfo(precision.dtype).eps ** 0.25
     ratio = (precision - expected).abs().flatten(-2).amax(-1) / tolerance
-    _refuse_above_one(ratio.nan_to_num(nan=torch.inf).masked_fill(dead, 0.0), "the curvature")
+    refuse_above_one(ratio.nan_to_num(nan=torch.inf).masked_fill(dead, 0.0), "the curvature")
 
 
 def _check_quadratic(
@@ -202,11 +212,13 @@ def _check_quadratic(
     tolerance = rtol * (found.abs() + value.abs() + 1.0) + 30.0 * noise * (1.0 + radius)
     dead = (value == -torch.inf) & (found == -torch.inf).all(0)
     ratio = ((found - expected).abs() / tolerance).nan_to_num(nan=torch.inf).amax(0)
-    _refuse_above_one(ratio.masked_fill(dead, 0.0), "the value")
+    refuse_above_one(ratio.masked_fill(dead, 0.0), "the value")
 
 
-def _refuse_above_one(ratio: Tensor, what: str) -> None:
-    """Raise ``NotQuadratic`` naming the worst row if a deviation ``[*rows]``, in units of its tolerance, is above 1."""
+def refuse_above_one(ratio: Tensor, what: str) -> None:
+    """Raise ``NotQuadratic`` naming the worst row if a deviation ``[*rows]``, in units of its tolerance, is
+    above 1.
+    """
     if ratio.numel() and ratio.max() > 1.0:
         row = ", ".join(str(int(i)) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
         got = f"{what} deviating by {float(ratio.max()):.3g} times the tolerance at row {row}"
@@ -214,9 +226,11 @@ def _refuse_above_one(ratio: Tensor, what: str) -> None:
 
 
 def _rounding(log_joint: LogJoint, centre: Tensor, factor: Tensor, value: Tensor, chunk: int) -> Tensor:
-    """How far the log joint moves over steps in which a smooth one cannot: its rounding error ``[*rows]``, capped.
+    """How far the log joint moves over steps in which a smooth one cannot: its rounding error ``[*rows]``,
+    capped.
 
-    Values far from 0 (x of 1e8 with noise 1) lose digits inside the callable, which no relative tolerance on the sum would foresee.
+    Values far from 0 (x of 1e8 with noise 1) lose digits inside the callable, which no relative tolerance on
+    the sum would foresee.
     """
     epsilon = torch.finfo(centre.dtype).eps
     steps = torch.tensor([-3.0, -1.0, 1.0, 3.0]).to(centre) * epsilon**0.5
@@ -240,11 +254,12 @@ def _check_proper(failed: Tensor, precision: Tensor) -> None:
 
 
 def _simplex(dim: int) -> Tensor:
-    """d + 1 points of mean 0 and covariance I (divisor d + 1): ``[d + 1, d]``, the smallest rule exact for quadratics."""
-    contrasts = torch.linalg.qr(
-        torch.cat([torch.ones(dim + 1, 1), torch.eye(dim + 1)[:, :dim]], -1).double()
-    ).Q
-    return contrasts[:, 1:] * math.sqrt(dim + 1)
+    """The smallest rule exact for quadratics: d + 1 points ``[d+1, d]`` of mean 0 and covariance I (divisor d
+    + 1).
+    """
+    ones, basis = torch.ones(dim + 1, 1, dtype=torch.float64), torch.eye(dim + 1, dtype=torch.float64)
+    contrasts: Tensor = torch.linalg.qr(torch.cat([ones, basis[:, :dim]], -1)).Q[:, 1:]
+    return contrasts * math.sqrt(dim + 1)
 
 
 def _solve(cholesky: Tensor, vector: Tensor) -> Tensor:
