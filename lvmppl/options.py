@@ -1,0 +1,297 @@
+"""The options of each algorithm: one frozen object a fit, the same from a YAML and from Python.
+
+An unknown option is refused with the nearest known name; a value of the wrong type is never converted (a bool
+is no number, a float no whole number).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from lvmppl.errors import InputError
+
+Loc = tuple[str | int, ...]
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+Count = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Frozen(BaseModel):
+    """A frozen object that refuses unknown fields and converts nothing."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
+
+
+class CallableSpec(Frozen):
+    """A model or a guide: where it is found, and the arguments it is given.
+
+    use: a catalogue name, `package.module:name`, or `file.py:name` relative to the experiment.
+    """
+
+    use: Name
+    args: dict[str, Any] = Field(default_factory=dict)
+
+
+class Options(Frozen):
+    """What every algorithm takes.
+
+    compile: `auto` is decided before the first step, never switched within a fit.
+    """
+
+    algorithm: str
+    compile: Literal["auto", "always", "never"] = "auto"
+
+
+class IterativeOptions(Options):
+    """What every algorithm takes that maximises an objective over θ.
+
+    tolerance: relative change of the objective below which (strictly) a fit has converged; 0 never stops.
+    init: `params` is the model's own values; `kmeans` and `random` are such responsibilities and one M-step.
+    learning_rate: None is the optimizer's own, see `rate`.
+    clip_norm: largest norm of the gradient, None for no limit.
+    start_from: the fit whose final parameters are this one's start. freeze: parameters kept at their start.
+    """
+
+    max_steps: Count = 500
+    tolerance: Annotated[float, Field(ge=0)] = 1e-8
+    init: Literal["params", "kmeans", "random"] = "params"
+    optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs"
+    learning_rate: Positive | None = None
+    clip_norm: Positive | None = None
+    start_from: Name | None = None
+    freeze: Names = ()
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in effect: as given, else 1 for L-BFGS and 0.01 for Adam and SGD."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 1.0 if self.optimizer == "lbfgs" else 0.01
+
+
+class VariationalOptions(IterativeOptions):
+    """What the algorithms with a guide take.
+
+    batch_size: rows a step, None for all. num_particles: draws a step. estimator: `auto` chooses by site.
+    """
+
+    guide: CallableSpec | None = None
+    optimizer: Literal["lbfgs", "adam", "sgd"] = "adam"
+    batch_size: Count | None = None
+    num_particles: Count = 1
+    estimator: Literal["auto"] = "auto"
+    objective: Literal["elbo"] = "elbo"
+
+
+class EnumerationOptions(IterativeOptions):
+    """Gradient ascent on the exact log evidence.
+
+    restarts: restart 0 starts as `init` says, the others at random; the best is kept.
+    """
+
+    algorithm: Literal["enumeration"] = "enumeration"
+    restarts: Count = 1
+
+
+class EMOptions(IterativeOptions):
+    """Expectation maximisation. m_steps: updates of an M-step by gradient; a closed form counts as one."""
+
+    algorithm: Literal["em"] = "em"
+    restarts: Count = 1
+    m_steps: Count = 20
+
+
+class VEMOptions(VariationalOptions):
+    """Variational EM: `e_steps` updates of λ, then `m_steps` of θ, in turn."""
+
+    algorithm: Literal["vem"] = "vem"
+    restarts: Count = 1
+    e_steps: Count = 20
+    m_steps: Count = 20
+
+
+class SVIOptions(VariationalOptions):
+    """Stochastic variational inference: λ and θ together, on minibatches."""
+
+    algorithm: Literal["svi"] = "svi"
+    max_steps: Count = 2000
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+
+
+class MCMCOptions(Options):
+    """Hamiltonian Monte Carlo (NUTS) on the latent variables at fixed θ."""
+
+    algorithm: Literal["mcmc"] = "mcmc"
+    num_samples: Count = 1000
+    warmup: Annotated[int, Field(ge=0)] = 500
+    chains: Count = 1
+
+
+ALGORITHMS: dict[str, type[Options]] = {
+    "enumeration": EnumerationOptions,
+    "em": EMOptions,
+    "vem": VEMOptions,
+    "svi": SVIOptions,
+    "mcmc": MCMCOptions,
+}
+
+
+class InputErrors(InputError):
+    """Everything that is wrong with one input, a line each."""
+
+    def __init__(self, problems: Iterable[InputError]) -> None:
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.where, first.expected, first.got, first.fix)
+        self.args = ("\n".join(str(problem) for problem in self.problems),)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
+
+
+def parse_options(algorithm: str, options: Mapping[str, Any], where: str) -> Options:
+    """The options of one fit, checked.
+
+    algorithm: a key of ALGORITHMS. options: the option table's names without `algorithm`.
+    where: what the errors name, to which the option is appended with a dot.
+    Raises InputErrors with one line for each wrong option.
+    """
+    problems = [unknown_algorithm(algorithm, where)] if algorithm not in ALGORITHMS else []
+    if problems:
+        raise InputErrors(problems)
+    kind = ALGORITHMS[algorithm]
+    try:
+        return kind.model_validate({**options, "algorithm": algorithm})
+    except ValidationError as error:
+        raise InputErrors(explain(error, kind, lambda loc: ".".join([where, *map(str, loc)]))) from None
+
+
+def unknown_algorithm(algorithm: object, where: str) -> InputError:
+    return InputError(
+        where, f"an algorithm of {listed(ALGORITHMS)}", shown(algorithm), nearest(algorithm, ALGORITHMS)
+    )
+
+
+def explain(error: ValidationError, kind: type[BaseModel], where: Callable[[Loc], str]) -> list[InputError]:
+    """Each problem pydantic found, in the words of the contract. where: from a field's path to its place."""
+    problems, seen = [], set()
+    for detail in error.errors(include_url=False):
+        loc = _field_path(detail["loc"])
+        if loc not in seen:  # the branches of a union report one wrong value several times
+            seen.add(loc)
+            expected, fix = _expectation(detail, kind, loc)
+            got = "nothing" if detail["type"] == "missing" else _got(detail, loc)
+            problems.append(InputError(where(loc), expected, got, fix))
+    return problems
+
+
+def _got(detail: Any, loc: Loc) -> str:
+    return shown(str(loc[-1])) if detail["type"] == "extra_forbidden" else shown(detail["input"])
+
+
+def _field_path(loc: Loc) -> Loc:
+    """A path without the branch names pydantic adds for unions and validated wrappers."""
+    return tuple(p for p in loc if isinstance(p, int) or not any(mark in p for mark in "[]()"))
+
+
+_SIMPLE = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "bool_type": "true or false",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "missing": "a value",
+    "invalid_key": "text as key",
+}
+_LIMITS = {
+    "greater_than": ("gt", "above"),
+    "greater_than_equal": ("ge", "of at least"),
+    "less_than": ("lt", "below"),
+}
+
+
+def _expectation(detail: Any, kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
+    """What was expected, and what to do."""
+    problem, context = detail["type"], detail.get("ctx", {})
+    if problem == "extra_forbidden":
+        return _known_fields(kind, loc)
+    if problem == "literal_error":
+        choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
+        return listed(choices, "or"), nearest(detail["input"], choices)
+    if problem in _LIMITS:
+        key, words = _LIMITS[problem]
+        return f"a number {words} {context[key]:g}", ""
+    if problem == "value_error":
+        return str(context["error"]), ""
+    if problem == "tuple_type" and isinstance(detail["input"], str):
+        return "a list", f"write [{detail['input']}]"
+    if problem == "model_type" and isinstance(detail["input"], str):
+        return "a mapping", f"write {{use: {detail['input']}}}"
+    return _SIMPLE.get(problem, detail["msg"]), ""
+
+
+def _known_fields(kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
+    """The fields known where an unknown one stood; the nearest, or the algorithms whose option it is."""
+    owner = _model_at(kind, loc[:-1])
+    known = sorted(
+        (f for f in owner.model_fields if f != "algorithm"), key=lambda f: f in Options.model_fields
+    )
+    wrong = str(loc[-1])
+    owners = [name for name, options in ALGORITHMS.items() if wrong in options.model_fields]
+    if issubclass(owner, Options) and owners:
+        return f"one of {listed(known)}", f"{wrong} is an option of {listed(owners)} only"
+    return f"one of {listed(known)}", nearest(wrong, known)
+
+
+def _model_at(kind: type[BaseModel], loc: Loc) -> type[BaseModel]:
+    """The model that stands at a path inside another one."""
+    for part in loc:
+        annotation = kind.model_fields[str(part)].annotation
+        branches = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+        kind = next((b for b in branches if isinstance(b, type) and issubclass(b, BaseModel)), kind)
+    return kind
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """`did you mean '…'?` for the known name that is most alike, or nothing."""
+    alike = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    return f"did you mean '{alike[0]}'?" if alike else ""
+
+
+def listed(names: Iterable[str], last: str = "") -> str:
+    """Names in a row; `last` stands before the last one."""
+    words = list(names)
+    if last and len(words) > 1:
+        return f"{', '.join(words[:-1])} {last} {words[-1]}"
+    return ", ".join(words)
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: with its type where that tells more, and not longer than a line."""
+    text = repr(value)
+    text = text if len(text) <= 60 else f"{text[:57]}…"
+    if isinstance(value, dict):
+        return f"the mapping {text}"
+    if isinstance(value, list | tuple):
+        return f"the list {text}"
+    return {bool: str(value).lower(), type(None): "nothing"}.get(type(value), text)
