@@ -115,6 +115,7 @@ class SiteInfo:
     event_shape: tuple[int, ...]
     discrete: bool
     reparameterised: bool
+    auxiliary: bool = False  # a guide's own variable, which the model knows nothing of
     support: Any = None
 
 
@@ -444,6 +445,7 @@ def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[s
             tuple(fn.event_shape),
             bool(getattr(fn.support, "is_discrete", False)),
             bool(fn.has_rsample),
+            bool(site["infer"].get("is_auxiliary")),
             fn.support,
         )
     return sites, sizes, axes
@@ -643,8 +645,10 @@ def build_guide(factory: Callable[..., Any], model: Callable[..., Any], structur
                 f"only enumerated ones ({', '.join(structure.enumerated)})",
                 "use a guide over them, such as `categorical`",
             )
-        args.setdefault("create_plates", _data_plates(structure))
-        return factory(poutine.block(model, hide=list(structure.enumerated)), **args)
+        autoguide = factory(poutine.block(model, hide=list(structure.enumerated)), **args)
+        if autoguide.create_plates is None:  # not every autoguide takes it in its constructor
+            autoguide.create_plates = _data_plates(structure)
+        return autoguide
     guide: Callable[..., Any] = factory(model, **args)
     return guide
 

@@ -98,7 +98,7 @@ def _bound(
             if bound.per_datum is not None:
                 per_datum = bound.per_datum if per_datum is None else per_datum + bound.per_datum
             for name, value in evaluation.samples.items():
-                if name.startswith("_"):
+                if name not in problem.model.structure.sites:
                     continue
                 first[name] = first.get(name, torch.zeros_like(value)) + value
                 second[name] = second.get(name, torch.zeros_like(value)) + value.square()

@@ -146,7 +146,7 @@ def check_guide(model: Structure, guide: Structure) -> None:
     for name, site in guide.sites.items():
         if name in model.sites and model.sites[name].kind == "observed":
             raise ModelError(f"guide site '{name}'", "a latent site of the model", "one that the model observes")
-        if name not in model.sites and not _is_auxiliary(name, site.family):
+        if name not in model.sites and not site.auxiliary:
             latents = ", ".join(model.latents) or "none"
             raise ModelError(
                 f"guide site '{name}'", f"a latent site of the model ({latents})", "a site that the model lacks"
@@ -172,10 +172,6 @@ def check_guide(model: Structure, guide: Structure) -> None:
                 f"a guide with {', '.join(guide.sites) or 'no sites'}",
                 "add it to the guide, or mark it infer={'enumerate': 'parallel'} if it is discrete",
             )
-
-
-def _is_auxiliary(name: str, family: str) -> bool:
-    return name.startswith("_")
 
 
 def require_enumerated(problem: Problem, algorithm: str) -> None:
