@@ -1,7 +1,8 @@
 """One numbering of the states for all fits, so that a colour means the same component in every picture.
 
-The states of a discrete latent have no order: two fits that found the same components number them differently. Each fit's
-states are matched with those of a reference fit by the Hungarian method on the overlap of their responsibilities.
+The states of a discrete latent have no order: two fits that found the same components number them
+differently. Each fit's states are matched with those of a reference fit by the Hungarian method on the
+overlap of their responsibilities.
 
 Shapes: R rows (a datum, or a position of a sequence), K states of the reference, J states of the fit.
 """
@@ -24,7 +25,9 @@ KINDS = ("exact", "mcmc", "variational")  # by trust
 
 
 def reference_fit(summary: pd.DataFrame) -> str | None:
-    """The fit with the highest exact log evidence; without an exact one the highest of any kind, else the first fit."""
+    """The fit with the highest exact log evidence; without an exact one the highest of any kind, else the
+    first fit.
+    """
     finite = summary[np.isfinite(summary["log_evidence"].to_numpy(dtype=float))]
     exact = finite[finite["log_evidence_kind"] == "exact"]
     best = exact if len(exact) else finite
@@ -41,10 +44,11 @@ def discrete_sites(posterior: pd.DataFrame) -> dict[Key, pd.DataFrame]:
 
 
 def responsibilities(rows: pd.DataFrame, column: str = "state") -> pd.DataFrame:
-    """The probabilities of one (fit, kind, site) as a matrix [R, K]: indexed by (datum, position), a column a state.
+    """The probabilities of one (fit, kind, site) as a matrix [R, K]: indexed by (datum, position), a column
+    a state.
 
-    `column` may be `label` for the aligned numbering. Rows come in the order of datum and position (as numbers); a global
-    site has the datum −1. Entries that the table lacks are NaN.
+    `column` may be `label` for the aligned numbering. Rows come in the order of datum and position (as
+    numbers); a global site has the datum −1. Entries that the table lacks are NaN.
     """
     datum = rows["datum"].fillna(-1).astype(np.int64).to_numpy()
     position, places = pd.factorize(rows["position"])
@@ -57,8 +61,8 @@ def responsibilities(rows: pd.DataFrame, column: str = "state") -> pd.DataFrame:
     matrix = frame.set_index(["d", "r", "s"])["p"].unstack("s").sort_index()
     names = np.empty(len(places), dtype=object)
     names[rank] = [str(p) for p in places]
-    index = [matrix.index.get_level_values(0), names[matrix.index.get_level_values(1)]]
-    matrix.index = pd.MultiIndex.from_arrays(index, names=["datum", "position"])
+    data, ranks = (matrix.index.get_level_values(level).to_numpy() for level in ("d", "r"))
+    matrix.index = pd.MultiIndex.from_arrays([data, names[ranks]], names=["datum", "position"])
     matrix.columns.name = column
     return matrix
 
@@ -69,13 +73,15 @@ def _place(position: str) -> tuple[int, ...]:
 
 
 def align_labels(posterior: pd.DataFrame, reference_fit: str) -> dict[Key, Permutation]:
-    """Per (fit, kind, site) the label of each state: `permutation[state]` is the reference's number of that component.
+    """Per (fit, kind, site) the label of each state: `permutation[state]` is the reference's number of that
+    component.
 
-    The assignment maximises Σ_k O[k, label⁻¹(k)] with the overlap O[k, j] = Σ_n p_ref(n, k) p_fit(n, j) over the rows n that
-    both have. All kinds of one fit get one permutation, from its most trusted kind (exact, mcmc, variational): they are
-    posteriors of the same θ, and aligning them one by one would hide a guide that swapped two states. States that are left
-    over when a fit has more than the reference are numbered on, after the reference's. A site of fewer than two rows keeps its
-    states (one row's overlap says nothing about which is which), as does one the reference lacks where no other fit has it.
+    The assignment maximises Σ_k O[k, label⁻¹(k)] with the overlap O[k, j] = Σ_n p_ref(n, k) p_fit(n, j) over
+    the rows n that both have. All kinds of one fit get one permutation, from its most trusted kind (exact,
+    mcmc, variational): they are posteriors of the same θ, and aligning them one by one would hide a guide
+    that swapped two states. States that are left over when a fit has more than the reference are numbered
+    on, after the reference's. A site of fewer than two rows keeps its states (one row's overlap says nothing
+    about which is which), and a site that the reference lacks is aligned with the first fit that has it.
     """
     sites = discrete_sites(posterior)
     trusted: dict[tuple[str, str], Key] = {}
@@ -112,7 +118,9 @@ def _permutation(reference: pd.DataFrame, table: pd.DataFrame, num_states: int) 
 
 
 def with_labels(posterior: pd.DataFrame, permutations: Mapping[Key, Permutation]) -> pd.DataFrame:
-    """The posterior with a column `label` (Int64) after `state`: the aligned state, empty where there is none."""
+    """The posterior with a column `label` (Int64) after `state`: the aligned state, empty where there is
+    none.
+    """
     label = pd.Series(pd.NA, index=posterior.index, dtype="Int64")
     for key, rows in discrete_sites(posterior).items():
         states = rows["state"].astype(np.int64).to_numpy()
@@ -123,7 +131,8 @@ def with_labels(posterior: pd.DataFrame, permutations: Mapping[Key, Permutation]
 
 
 def aligned_posterior(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, str]:
-    """What pictures and report show: the posterior thinned out around each fit's worst data, with its `label` column.
+    """What pictures and report show: the posterior thinned out around each fit's worst data, with its
+    `label` column.
 
     Returns the frame and the sentence that says what was left out (empty if nothing was).
     """

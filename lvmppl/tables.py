@@ -1,20 +1,24 @@
-"""The five tables of a run: their columns, how they go to disk and come back, and the questions asked of them.
+"""The five tables of a run: their columns, how they go to disk and come back, and the questions asked of
+them.
 
-Everything is in nats. Missing numbers are NaN (floats) or <NA> (integers), missing text is the empty string, so that
-a csv cell left empty means the same in every column.
+Everything is in nats. Missing numbers are NaN (floats) or <NA> (integers), missing text is the empty string,
+so that a csv cell left empty means the same in every column.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import pandas as pd
 
 from lvmppl.errors import InputError
 
-TEXT, INTEGER, REAL = "string", "Int64", "float64"
+TEXT: Final = "string"
+INTEGER: Final = "Int64"
+REAL: Final = "float64"
 
 SCHEMAS: Mapping[str, Mapping[str, str]] = {
     "summary": {
@@ -74,14 +78,16 @@ POINTS = 5000  # what a picture shows of a longer table
 
 def empty(name: str) -> pd.DataFrame:
     """Table `name` with no rows."""
-    return pd.DataFrame({column: pd.Series(dtype=dtype) for column, dtype in SCHEMAS[name].items()})  # type: ignore[call-overload]
+    return pd.DataFrame({column: pd.Series(dtype=dtype) for column, dtype in SCHEMAS[name].items()})
 
 
 def validate(name: str, frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame as table `name` of the contract: its columns in order with their dtypes, rows numbered from 0.
+    """The frame as table `name` of the contract: its columns in order with their dtypes, rows numbered from
+    0.
 
-    `history` and `gaps` may have columns of their own, which follow. Raises AssertionError, the caller being wrong, for an
-    unknown table, missing, extra or repeated columns, values that are not of a column's dtype, and unknown words.
+    `history` and `gaps` may have columns of their own, which follow. Raises AssertionError, the caller being
+    wrong, for an unknown table, missing, extra or repeated columns, values that are not of a column's dtype,
+    and unknown words.
     """
     assert name in SCHEMAS, f"tables: expected one of {', '.join(SCHEMAS)}, got {name!r}"
     schema = SCHEMAS[name]
@@ -108,7 +114,7 @@ def _as_dtype(name: str, column: str, values: pd.Series, dtype: str) -> pd.Serie
             return values.astype("string").fillna("")
         if dtype == REAL and pd.api.types.is_extension_array_dtype(values.dtype):
             return values.astype("Float64").astype(REAL)
-        return values.astype(dtype)  # type: ignore[call-overload, no-any-return]
+        return values.astype(INTEGER) if dtype == INTEGER else values.astype(REAL)
     except (TypeError, ValueError, AssertionError) as error:
         raise AssertionError(
             f"{name}.{column}: expected {dtype} values, got {values.dtype}: {error}"
@@ -118,8 +124,8 @@ def _as_dtype(name: str, column: str, values: pd.Series, dtype: str) -> pd.Serie
 def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
     """Writes the five tables: `.parquet` always, `.csv` up to 10⁶ rows (the summary at any length).
 
-    A table that is not given is written without rows. Floats in the csv are the shortest text that reads back as the same
-    number, so equal tables are equal bytes.
+    A table that is not given is written without rows. Floats in the csv are the shortest text that reads
+    back as the same number, so equal tables are equal bytes.
     """
     unknown = sorted(set(tables) - set(SCHEMAS))
     assert not unknown, f"tables: expected {', '.join(SCHEMAS)}, got {', '.join(unknown)}"
@@ -135,7 +141,9 @@ def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
 
 
 def read_tables(directory: Path) -> dict[str, pd.DataFrame]:
-    """The five tables that `write_tables` wrote there. Raises InputError where one is missing or is no such table."""
+    """The five tables that `write_tables` wrote there. Raises InputError where one is missing or is no such
+    table.
+    """
     return {name: _read(directory, name) for name in SCHEMAS}
 
 
@@ -159,10 +167,12 @@ def worst_data(gaps: pd.DataFrame, fit: str, count: int = 5) -> pd.DataFrame:
 def thin_out(
     posterior: pd.DataFrame, keep: Iterable[int] = (), limit: int = POINTS
 ) -> tuple[pd.DataFrame, str]:
-    """At most about `limit` (datum, position) pairs of a site, the same ones in every fit and kind, and a sentence saying so.
+    """At most about `limit` (datum, position) pairs of a site, the same ones in every fit and kind, and a
+    sentence saying so.
 
-    Whole data are drawn first (a seeded draw without replacement, besides those to `keep`), then positions if the data that
-    are left have too many. Tables within the limit come back untouched, with an empty sentence.
+    Whole data are drawn first (a seeded draw without replacement, besides those to `keep`), then positions
+    if the data that are left have too many. Tables within the limit come back untouched, with an empty
+    sentence.
     """
     data = np.sort(posterior["datum"].dropna().unique().astype(np.int64))
     kept = np.asarray(sorted(set(keep) & set(data.tolist())), dtype=np.int64)

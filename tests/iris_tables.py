@@ -1,5 +1,6 @@
-"""The tables of a plausible run on iris: scikit-learn's mixture as the exact fits, noisy copies of its responsibilities as
-the variational ones, each fit with its own numbering of the components."""
+"""The tables of a plausible run on iris: scikit-learn's mixture as the exact fits, noisy copies of its
+responsibilities as the variational ones, each fit with its own numbering of the components.
+"""
 
 from __future__ import annotations
 

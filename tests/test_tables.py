@@ -44,7 +44,17 @@ def history_frame() -> pd.DataFrame:
 
 def test_validated_dtypes_equal_contract() -> None:
     frame = tables.validate("posterior", posterior_frame().iloc[:, ::-1])
-    assert list(frame.columns) == "fit kind site datum position state probability mean sd".split()
+    assert list(frame.columns) == [
+        "fit",
+        "kind",
+        "site",
+        "datum",
+        "position",
+        "state",
+        "probability",
+        "mean",
+        "sd",
+    ]
     assert {c: str(d) for c, d in frame.dtypes.items()} == dict(tables.SCHEMAS["posterior"])
     assert frame["datum"].isna().tolist() == [False, False, False, True]
     assert frame["position"].tolist() == ["", "0,1", "", "3"]
