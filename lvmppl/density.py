@@ -333,12 +333,22 @@ def unvalidated() -> Iterator[None]:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from (seed, fit, restart, step): FNV-1a over the parts, then one round of splitmix64's mixer."""
+    """A 63-bit seed from (seed, fit, restart, step): FNV-1a over the parts, then `mixed`."""
     state = 0xCBF29CE484222325
     for byte in "\x1f".join(str(p) for p in parts).encode():
-        state = ((state ^ byte) * 0x100000001B3) & 0xFFFFFFFFFFFFFFFF
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    return (state ^ (state >> 27)) >> 1
+        state = ((state ^ byte) * 0x100000001B3) & _MASK
+    return mixed(state)
+
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+
+
+def mixed(state: int) -> int:
+    """One output of splitmix64 (Steele, Lea & Flood 2014), 63 bits: neighbouring states give unrelated seeds."""
+    state = (state + 0x9E3779B97F4A7C15) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (state ^ (state >> 31)) >> 1
 
 
 # --------------------------------------------------------------------------------------------------- discovery

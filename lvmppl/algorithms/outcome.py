@@ -13,7 +13,7 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import Trajectory
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.problem import Problem
-from lvmppl.algorithms.stepper import reseed
+from lvmppl.algorithms.stepper import StepSeeds
 from lvmppl.density import Values
 from lvmppl.elbo import elbo
 from lvmppl.fitted import Fit, history_frame
@@ -86,12 +86,13 @@ def _bound(
     assert problem.guided is not None
     data, rows = problem.rows()
     totals: list[float] = []
+    seeds = StepSeeds(problem, -1)
     per_datum: Tensor | None = None
     first: dict[str, Tensor] = {}
     second: dict[str, Tensor] = {}
     with torch.no_grad():
         for draw in range(ELBO_DRAWS):
-            reseed(problem, -1, draw)
+            seeds.use(draw)
             evaluation = problem.guided.evaluate(data, values, rows)
             bound = elbo(evaluation, problem.data_plate)
             totals.append(float(bound.total))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.ascent import make_optimizer, set_rate
 from lvmppl.algorithms.problem import Problem
-from lvmppl.density import Coordinates, Joint, ParameterSpec, derive_seed
+from lvmppl.density import Coordinates, Joint, ParameterSpec, derive_seed, mixed
 from lvmppl.elbo import elbo
 from lvmppl.errors import ModelError
 
@@ -62,16 +62,17 @@ class Stepper:
         self.fixed = {n: v for n, v in start.items() if n not in raw}
         self.tables = {n: specs[n] for n in names if minibatches and specs[n].is_table}
         self.leaves = {n: v if n in self.tables else v.requires_grad_() for n, v in raw.items()}
-        dense = [v for n, v in self.leaves.items() if n not in self.tables]
-        self.optimizer = make_optimizer(optimizer, dense, learning_rate) if dense else None
+        self.dense = [v for n, v in self.leaves.items() if n not in self.tables]
+        self.optimizer = make_optimizer(optimizer, self.dense, learning_rate) if self.dense else None
         self.sparse = {n: _RowAdam(self.leaves[n], spec) for n, spec in self.tables.items()}
         self.average = _Average(self.leaves, self.tables)
 
     def values(self, indices: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(constrained values for a batch, the batch's table rows as leaves)."""
-        rows = {n: s.select(indices).requires_grad_() for n, s in self.sparse.items()} if indices is not None else {}
-        merged = {n: rows.get(n, v) for n, v in self.leaves.items()}
-        return {**self.fixed, **self.coordinates.constrain(merged)}, rows
+        if indices is None or not self.sparse:
+            return {**self.fixed, **self.coordinates.constrain(self.leaves)}, {}
+        rows = {n: s.select(indices).requires_grad_() for n, s in self.sparse.items()}
+        return {**self.fixed, **self.coordinates.constrain({**self.leaves, **rows})}, rows
 
     def full_values(self) -> dict[str, Tensor]:
         """All constrained values, detached."""
@@ -90,9 +91,8 @@ class Stepper:
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         (-value).backward()  # type: ignore[no-untyped-call]
-        dense = [v for n, v in self.leaves.items() if n not in self.tables]
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_([*dense, *rows.values()], self.clip_norm)
+            torch.nn.utils.clip_grad_norm_([*self.dense, *rows.values()], self.clip_norm)
         if self.optimizer is not None:
             set_rate(self.optimizer, self.rate * decay)
             self.optimizer.step()
@@ -167,10 +167,10 @@ class _Average:
         if not self.active:
             return
         self.count += 1
-        with torch.no_grad():
-            for name, leaf in leaves.items():
-                if name not in self.axes:
-                    self.sums[name].add_(leaf.detach())
+        dense = [n for n in leaves if n not in self.axes]
+        if dense:
+            with torch.no_grad():
+                torch._foreach_add_([self.sums[n] for n in dense], [leaves[n] for n in dense])
 
     def mean(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not self.active or self.count == 0:
@@ -214,9 +214,14 @@ def draws(problem: Problem) -> bool:
     return any(s.kind == "latent" and s.family != "Delta" for s in problem.guided.guide_structure.sites.values())
 
 
-def reseed(problem: Problem, restart: int, step: int) -> None:
+class StepSeeds:
     """Randomness at step t derives from (seed, fit, restart, t) alone."""
-    torch.default_generator.manual_seed(derive_seed(problem.seed, problem.name, restart, step))
+
+    def __init__(self, problem: Problem, restart: int) -> None:
+        self.base = derive_seed(problem.seed, problem.name, restart)
+
+    def use(self, step: int) -> None:
+        torch.default_generator.manual_seed(mixed(self.base + step))
 
 
-__all__: list[Any] = ["Batches", "Stepper", "batch_elbo", "draws", "reseed"]
+__all__: list[Any] = ["Batches", "Stepper", "batch_elbo", "draws", "StepSeeds"]

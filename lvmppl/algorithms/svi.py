@@ -12,7 +12,7 @@ from lvmppl.algorithms.ascent import TAIL, Stopping, Trajectory
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
-from lvmppl.algorithms.stepper import Batches, Stepper, batch_elbo, draws, reseed
+from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import SVIOptions
@@ -25,13 +25,14 @@ def infer(problem: Problem, options: SVIOptions) -> Fit:
     assert problem.guided is not None
     with unvalidated():
         problem.progress.start(problem.name, 0, options.max_steps)
-        trajectory = _run(problem, options)
+        trajectory = ascend(problem, options)
         problem.progress.finish(trajectory.status)
     return finish(problem, options, [trajectory], trajectory)
 
 
-def _run(problem: Problem, options: SVIOptions) -> Trajectory:
-    trajectory = Trajectory(0, "elbo")
+def ascend(problem: Problem, options: SVIOptions) -> Trajectory:
+    """The steps of one fit."""
+    trajectory, seeds = Trajectory(0, "elbo"), StepSeeds(problem, 0)
     batches = Batches(problem, options.batch_size, 0)
     start = start_values(problem, options.init, 0, 1)
     names = (*problem.free_theta, *problem.free_lambda)
@@ -43,7 +44,7 @@ def _run(problem: Problem, options: SVIOptions) -> Trajectory:
     tail = int((1 - TAIL) * options.max_steps)
     assert problem.guided is not None
     for step in range(options.max_steps + 1):
-        reseed(problem, 0, step)
+        seeds.use(step)
         indices = batches.next()
         values, rows = stepper.values(indices)
         value = batch_elbo(problem, problem.guided, values, indices, options.num_particles)

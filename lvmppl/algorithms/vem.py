@@ -14,7 +14,7 @@ from lvmppl.algorithms.ascent import TAIL, Stopping, Trajectory, best_of, run_re
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
-from lvmppl.algorithms.stepper import Batches, Stepper, batch_elbo, draws, reseed
+from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
 from lvmppl.elbo import elbo, model_terms
 from lvmppl.fitted import Fit
@@ -42,7 +42,7 @@ class _Alternation:
         self.e_step = Stepper(problem, start, problem.free_lambda, *settings)
         self.m_step = Stepper(problem, start, problem.free_theta, *settings)
         self.noisy = small or draws(problem)
-        self.start = start
+        self.start, self.seeds = start, StepSeeds(problem, restart)
 
     def values(self) -> dict[str, torch.Tensor]:
         return {**self.m_step.full_values(), **{n: self.e_step.full_values()[n] for n in self.problem.lambda_}}
@@ -82,7 +82,7 @@ class _Alternation:
 
     def _phase(self, stepper: Stepper, updates: int, step: int, phase: int, decay: float) -> None:
         for i in range(updates):
-            reseed(self.problem, self.restart, (2 * step + phase) * 1_000_000 + i)
+            self.seeds.use((2 * step + phase) * 1_000_000 + i)
             indices = self.batches.next()
             values, rows = stepper.values(indices)
             value = batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
@@ -97,7 +97,7 @@ def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajector
     stopping = Stopping(options.tolerance)
     tail = int((1 - TAIL) * options.max_steps)
     for step in range(options.max_steps + 1):
-        reseed(problem, restart, (2 * step) * 1_000_000 + 999_999)
+        state.seeds.use((2 * step) * 1_000_000 + 999_999)
         objective = state.objective()
         trajectory.record(step, objective)
         problem.progress.update(step, objective)
