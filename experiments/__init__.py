@@ -1,0 +1,1 @@
+"""The shipped experiments, data files of the package."""
