@@ -243,11 +243,20 @@ def _expectation(detail: Any, kind: type[BaseModel], loc: Loc) -> tuple[str, str
         return f"a number {words} {context[key]:g}", ""
     if problem == "value_error":
         return str(context["error"]), ""
-    if problem == "tuple_type" and isinstance(detail["input"], str):
-        return "a list", f"write [{detail['input']}]"
-    if problem == "model_type" and isinstance(detail["input"], str):
-        return "a mapping", f"write {{use: {detail['input']}}}"
-    return _SIMPLE.get(problem, detail["msg"]), ""
+    return _SIMPLE.get(problem, detail["msg"]), _remedy(problem, detail["input"], kind, loc)
+
+
+def _remedy(problem: str, value: object, kind: type[BaseModel], loc: Loc) -> str:
+    """What to write instead of a value of a wrong type, where that is plain."""
+    if problem == "model_type" and isinstance(value, str):
+        return f"write {{{next(iter(_model_at(kind, loc).model_fields))}: {value}}}"
+    if problem == "tuple_type" and isinstance(value, str):
+        return f"write [{value}]"
+    if problem == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if problem in ("string_type", "invalid_key") and isinstance(value, bool | int | float):
+        return "put it in quotes"
+    return ""
 
 
 def _known_fields(kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
