@@ -36,6 +36,9 @@ from lvmppl.families import log_density
 Values = Mapping[str, Tensor]
 """Constrained parameter values by name."""
 
+POINTS = "·points"
+"""The axis of points at which continuous sites are held."""
+
 _SPARE_NESTING = 12  # plate axes reserved in the first trace, before the real nesting is known
 
 
@@ -275,6 +278,18 @@ class _Enumerate(Messenger):
             return
         if getattr(msg["fn"], "has_enumerate_support", False) and not msg["infer"].get("is_auxiliary"):
             msg["infer"]["enumerate"] = "parallel"
+
+
+class _Hold(Messenger):
+    """Holds latent sites at given values."""
+
+    def __init__(self, points: Values) -> None:
+        super().__init__()
+        self.points = points
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.points:
+            msg["value"], msg["done"] = self.points[msg["name"]], True
 
 
 @contextmanager
@@ -523,6 +538,20 @@ class Joint:
                 self.model(data, values)
         return _build(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
+    def evaluate_at(self, data: Values, values: Values, points: Values, rows: Rows | None = None) -> Evaluation:
+        """The model's log-factors with its continuous sites held at given points, the enumerated ones enumerated.
+
+        points: by site, [S, *batch, *event], where batch has all `nesting` plate axes (size 1 where it has none). Factors
+        that depend on the points have a leading axis named `POINTS`.
+        """
+        rows = rows or Rows(num_rows(data))
+        parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
+        names: dict[int, str] = {}
+        with parameters, _swapped_modules(values), poutine.trace() as trace:
+            with poutine.enum(first_available_dim=self.first_available_dim - 1), _Hold(points):
+                self.model(data, values)
+        return _build(trace.trace, None, rows, self.structure, names, {self.first_available_dim: POINTS})
+
     def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The guide's log-factors alone; the model is not run."""
         assert self.guide is not None
@@ -534,7 +563,15 @@ class Joint:
         return _build(None, trace.trace, rows, self.structure, {})
 
 
-def _build(model_trace: Any | None, guide_trace: Any | None, rows: Rows, structure: Structure, names: dict[int, str]) -> Evaluation:
+def _build(
+    model_trace: Any | None,
+    guide_trace: Any | None,
+    rows: Rows,
+    structure: Structure,
+    names: dict[int, str],
+    extra_axes: Mapping[int, str] | None = None,
+) -> Evaluation:
+    extra = extra_axes or {}
     variables: dict[str, Variable] = {}
     sizes: dict[str, int] = {}
     guide_factors: list[Factor] = []
@@ -552,7 +589,7 @@ def _build(model_trace: Any | None, guide_trace: Any | None, rows: Rows, structu
         for name, site in guide_trace.nodes.items():
             if not _is_sample(site) or site["is_observed"]:
                 continue
-            factor = _factor(name, site, rows, plate, names)
+            factor = _factor(name, site, rows, plate, names, extra)
             guide_factors.append(factor)
             if name not in variables:
                 samples[name] = site["value"]
@@ -561,7 +598,7 @@ def _build(model_trace: Any | None, guide_trace: Any | None, rows: Rows, structu
     model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if _is_sample(s)}
     for name, site in model_sites.items():
         _register(name, site, variables, sizes, names)
-    factors = tuple(_factor(n, s, rows, plate, names) for n, s in model_sites.items())
+    factors = tuple(_factor(n, s, rows, plate, names, extra) for n, s in model_sites.items())
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     return Evaluation(
@@ -588,7 +625,9 @@ def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[
     variables[name] = Variable(name, tuple(f.name for f in frames), support.detach())
 
 
-def _factor(name: str, site: Any, rows: Rows, plate: str | None, names: Mapping[int, str]) -> Factor:
+def _factor(
+    name: str, site: Any, rows: Rows, plate: str | None, names: Mapping[int, str], extra: Mapping[int, str]
+) -> Factor:
     log_prob = log_density(site["fn"], site["value"])
     observed = bool(site["is_observed"])
     enumerated = "_enumerate_dim" in site["infer"] and not observed
@@ -596,7 +635,7 @@ def _factor(name: str, site: Any, rows: Rows, plate: str | None, names: Mapping[
     if mask is not None and not enumerated:  # an enumerated latent keeps its prior, a mask acts on observed factors
         log_prob = torch.where(torch.as_tensor(mask), log_prob, torch.zeros((), dtype=log_prob.dtype))
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
-    axis_names = {f.dim: f.name for f in frames}
+    axis_names = {**extra, **{f.dim: f.name for f in frames}}
     axis_names.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
     tensor, dims = _name_axes(log_prob, axis_names, name)
     plates = frozenset(f.name for f in frames)
