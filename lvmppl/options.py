@@ -246,6 +246,22 @@ def _expectation(detail: Any, kind: type[BaseModel], loc: Loc) -> tuple[str, str
     return _SIMPLE.get(problem, detail["msg"]), _remedy(problem, detail["input"], kind, loc)
 
 
+def simple_expectation(error: ValidationError) -> tuple[str, str, bool]:
+    """What a value checked against one plain type should have been, what to do, and whether that is certain.
+
+    It is not certain where a branch of the type is beyond a YAML: a tensor, a path, a function.
+    """
+    expected, fixes, plain = [], [], True
+    for detail in error.errors(include_url=False):
+        is_list = detail["type"] == "is_instance_of" and detail["ctx"]["class"] == "Sequence"
+        known = is_list or detail["type"] in _SIMPLE or detail["type"] == "literal_error"
+        plain = plain and known and detail["type"] != "tuple_type"  # a YAML's list stands for a tuple too
+        text, fix = ("a list", "") if is_list else _expectation(detail, Options, ())
+        fixes.append(fix)
+        expected.append(f"{text} in it" if any(isinstance(part, int) for part in detail["loc"]) else text)
+    return listed(dict.fromkeys(expected), "or"), next(filter(None, fixes), ""), plain
+
+
 def _remedy(problem: str, value: object, kind: type[BaseModel], loc: Loc) -> str:
     """What to write instead of a value of a wrong type, where that is plain."""
     if problem == "model_type" and isinstance(value, str):
