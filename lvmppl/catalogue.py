@@ -171,9 +171,8 @@ def _import(name: str, where: str) -> types.ModuleType:
 def _load_file(path: Path, where: str) -> types.ModuleType:
     """Run a Python file as a module of its own.
 
-    Its name is that of no import statement, so that it does not shadow a package; it stands in sys.modules all
-    the same, which pickling and dataclasses need. Model and guide of one file share one module; a changed file
-    is run anew.
+    Its name is one that nobody imports, so that it shadows no package; it stands in sys.modules all the same,
+    as pickling and dataclasses need. Model and guide of one file share a module; a changed file runs anew.
     """
     try:
         source = path.read_bytes()

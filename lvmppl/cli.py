@@ -1,0 +1,259 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that `lvmppl --help` is quick."""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import math
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+app = typer.Typer(
+    name="lvmppl",
+    help="Latent-variable models on Pyro: fit them, and see how far each posterior is from the exact one.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+WIDTH = 100
+FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
+
+Experiment = Annotated[str, typer.Argument(help="A YAML file, or the name of a shipped experiment.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override an entry, e.g. fits.em.restarts=3."),
+]
+
+
+class Kind(str, enum.Enum):
+    """What `new` can write."""
+
+    model = "model"
+    guide = "guide"
+    experiment = "experiment"
+
+
+def main() -> None:
+    """The program `lvmppl`."""
+    app(prog_name="lvmppl")
+
+
+@app.command()
+def run(
+    experiment: Experiment,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where to write.  [default: runs/NAME]")
+    ] = None,
+    overrides: Overrides = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Cut every fit to a few steps.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+) -> None:
+    """Run an experiment: fit, compare, write tables, pictures and a report.
+
+    Exit status: 0 all fits finished, 1 some fit failed, 2 the input is wrong, 130 interrupted.
+    """
+    with _exit_status():
+        from lvmppl import runner
+
+        with _progress(quiet) as progress:
+            result = runner.run(experiment, out, overrides or [], smoke, progress)
+        _console().print(summary_table(result.summary))
+        for fit, message in zip(result.summary["fit"], result.summary["message"], strict=True):
+            if isinstance(message, str) and message:
+                typer.echo(f"{fit}: {message}")
+        typer.echo(f"report: {result.directory / 'report.html'}")
+    if result.failed:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def check(experiment: Experiment, overrides: Overrides = None) -> None:
+    """Find what is wrong with an experiment before a long run; fit nothing."""
+    with _exit_status():
+        from lvmppl import runner
+
+        lines = runner.check(experiment, overrides or [])
+        _console().print(check_table(lines))
+    if not all(ok for _, ok, _ in lines):
+        raise typer.Exit(WRONG_INPUT)
+
+
+@app.command(name="list")
+def list_() -> None:
+    """List models, guides, data sources and shipped experiments, a line each."""
+    from lvmppl.catalogue import GUIDES, MODELS, SOURCES
+    from lvmppl.spec import shipped_experiments
+
+    rows = [("model", name, text) for name, (_, text) in MODELS.items()]
+    rows += [("guide", name, text) for name, (_, text) in GUIDES.items()]
+    rows += [("source", name, text) for name, text in SOURCES.items()]
+    for name, path in shipped_experiments().items():
+        rows.append(("experiment", name, _first_clause(path.read_text(encoding="utf-8"))))
+    width = max(len(name) for _, name, _ in rows)
+    for kind, name, text in rows:
+        typer.echo(f"{kind:<10}  {name:<{width}}  {text}")
+
+
+def _first_clause(text: str) -> str:
+    """The first clause of the comment a file opens with."""
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    joined = " ".join(line.lstrip("# ") for line in comment)
+    return re.split(r"[.:;](?:\s|$)", joined, maxsplit=1)[0]
+
+
+@app.command()
+def new(
+    kind: Annotated[Kind, typer.Argument(help="What to write.")],
+    name: Annotated[str, typer.Argument(help="Its name, a Python identifier.")],
+) -> None:
+    """Write a commented starting point that `lvmppl check` accepts."""
+    with _exit_status():
+        from lvmppl import scaffold
+
+        written = scaffold.new(kind.value, name, Path())
+    for path in written:
+        typer.echo(f"wrote {path}")
+    typer.echo(f"next: lvmppl check {written[-1]}")
+
+
+@contextmanager
+def _exit_status() -> Iterator[None]:
+    """Turn wrong input and Ctrl-C into one message on stderr and the exit status of the contract."""
+    from lvmppl.errors import InputError
+
+    try:
+        yield
+    except InputError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(WRONG_INPUT) from None
+    except KeyboardInterrupt as interrupt:
+        typer.echo(
+            getattr(interrupt, "message", "interrupted: nothing had been started, nothing is kept"), err=True
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return Console(highlight=False, width=min(WIDTH, console.width) if console.is_terminal else WIDTH)
+
+
+# ------------------------------------------------------------------------------------------------- tables
+
+
+def summary_table(summary: pd.DataFrame) -> Any:
+    """The summary as a rich table, without the columns that say nothing in this run."""
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    numbers = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
+    numbers |= {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
+    numbers = {column: title for column, title in numbers.items() if summary[column].notna().any()}
+    for title in ("fit", "algorithm", "guide"):
+        table.add_column(title, overflow="fold")
+    table.add_column("status", no_wrap=True)
+    for title in ("steps", "seconds", *numbers.values()):
+        table.add_column(title, justify="right", no_wrap=" " not in title)
+    for row in summary.to_dict("records"):
+        cells = [str(row[column]) for column in ("fit", "algorithm", "guide", "status", "steps")]
+        values = [_number(row[column], row, column) for column in numbers]
+        table.add_row(*cells, f"{row['seconds']:.1f}" if row["seconds"] == row["seconds"] else "", *values)
+    return table
+
+
+def _number(value: Any, row: Any, column: str) -> str:
+    """Four decimals; evidence that is not exact is marked by what it is."""
+    if value is None or not isinstance(value, float | int) or math.isnan(value):
+        return ""
+    mark = {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "} if column == "log_evidence" else {}
+    return f"{mark.get(row['log_evidence_kind'], '')}{value:.4f}"
+
+
+def check_table(lines: list[tuple[str, bool, str]]) -> Any:
+    """What was checked, a row each, with a mark."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 1, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold", max_width=28)
+    table.add_column(overflow="fold")
+    for subject, ok, text in lines:
+        table.add_row("ok" if ok else "wrong", Text(subject), Text(text))
+    return table
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+class Bars:
+    """One bar a fit: step, objective and rate, drawn at most ten times a second on stderr."""
+
+    INTERVAL = 0.1
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+        self._task: Any = None
+        self._last = (0, math.nan)
+        self._began = self._due = 0.0
+
+    def start(self, fit: str, restart: int, total: int) -> None:
+        """A restart begins; those of one fit share its bar."""
+        if fit not in self._tasks:
+            self._tasks[fit] = self._progress.add_task(fit, total=total, objective="", rate="", status="")
+        self._task = self._tasks[fit]
+        label = f"{fit} (restart {restart})" if restart else fit
+        self._progress.reset(self._task, total=total, description=label, objective="", rate="", status="")
+        self._began, self._due, self._last = time.perf_counter(), 0.0, (0, math.nan)
+
+    def update(self, step: int, objective: float) -> None:
+        """After every step; returns at once until the next drawing is due."""
+        self._last = (step, objective)
+        now = time.perf_counter()
+        if now >= self._due:
+            self._due = now + self.INTERVAL
+            self._draw(now, "")
+
+    def finish(self, status: str) -> None:
+        """The restart, or the fit, is over; a fit that fails before its first restart has no bar."""
+        if self._task is not None:
+            self._draw(time.perf_counter(), status)
+            self._task = None
+
+    def _draw(self, now: float, status: str) -> None:
+        step, objective = self._last
+        rate = f"{step / max(now - self._began, 1e-9):.0f}/s" if step else ""
+        shown = "" if math.isnan(objective) else f"{objective:.4f}"
+        fields = {"objective": shown, "rate": rate, "status": status}
+        self._progress.update(self._task, completed=step, refresh=True, **fields)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Bars | None]:
+    """Bars on a terminal, else nothing."""
+    if quiet or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = ("[bold]{task.description}", "{task.completed}/{task.total}", "{task.fields[objective]}")
+    ending = ("{task.fields[rate]}", "{task.fields[status]}")
+    shown = [TextColumn(columns[0]), BarColumn(bar_width=20), *map(TextColumn, (*columns[1:], *ending))]
+    with Progress(*shown, console=Console(stderr=True), auto_refresh=False) as progress:
+        yield Bars(progress)
