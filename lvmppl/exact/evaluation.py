@@ -67,10 +67,13 @@ def checked_value(log_joint: LogJoint, z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(log_joint: LogJoint, z: Tensor, chunk: int = CHUNK) -> Tensor:
-    """log p(x, z) at ``z [S, *rows, d]`` without gradient, in pieces: ``[S, *rows]``; NaN becomes −∞."""
+    """log p(x, z) at ``z [S, *rows, d]`` without gradient, in pieces: ``[S, *rows]``.
+
+    NaN and +∞, which mark the edge of what floating point can hold or a pole of measure 0, become −∞.
+    """
     rows = z[0, ..., 0].numel()
     value = torch.cat([checked_value(log_joint, part) for part in pieces(z, rows, chunk)])
-    return value.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
 
 
 def value_and_gradient(log_joint: LogJoint, z: Tensor, chunk: int = CHUNK) -> tuple[Tensor, Tensor]:

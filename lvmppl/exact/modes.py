@@ -1,0 +1,264 @@
+"""Where a low-dimensional log density is large: all of its modes, found from many starts at once, and their
+scales.
+
+Shapes: ``S`` starts, ``N`` rows (independent densities), ``d`` dims, ``K`` modes kept a row. Log densities in
+nats.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
+
+from lvmppl.exact.evaluation import LogJoint, evaluate, value_and_gradient
+
+# A mode whose Laplace mass is this much below the best one's, in nats, cannot matter.
+NEGLIGIBLE = 40.0
+MAX_MODES = 8
+
+# Points an axis of the scan, and the asinh of half its reach: spacings grow with the distance from its
+# centre.
+SCAN = {1: (257, 6.0), 2: (33, 4.0), 3: (13, 3.0)}
+PEAKS = 8
+
+# The log joint of some of the rows, given their indices [M].
+Restrict = Callable[[Tensor], LogJoint]
+
+
+@dataclass(frozen=True)
+class Modes:
+    """``centre [K, N, d]`` and ``scale [K, N, d, d]`` (z = centre + scale·u has unit curvature in u),
+    ``present [K, N]``.
+
+    ``missed [N]``: rows with more modes than are kept. Mode 0 is always present and the highest.
+    """
+
+    centre: Tensor
+    scale: Tensor
+    present: Tensor
+    missed: Tensor
+
+
+def find_modes(
+    restrict: Restrict, num_rows: int, dim: int, starts: Tensor | None, like: Tensor, chunk: int
+) -> Modes:
+    """The modes of every row, once each, the highest first, climbed to from the peaks of two scans and from
+    ``starts [S, N, d]``.
+
+    The first scan is around the origin, the second around the best point found from the first and in units of
+    its scale. A candidate is dropped if the density does not dip on the way to a mode already kept, or if
+    both scales see the two as overlapping, as one lattice then resolves them together. ``like`` gives dtype
+    and device.
+    """
+    everything = torch.arange(num_rows, device=like.device)
+    whole = restrict(everything)
+    origin, unit = like.new_zeros(num_rows, dim), torch.eye(dim).to(like).expand(num_rows, dim, dim)
+    first = _scan_peaks(whole, origin, unit, chunk)
+    extra = torch.cat([torch.zeros(1, dim), 3.0 * torch.eye(dim), -3.0 * torch.eye(dim)]).to(like)
+    first = torch.cat([first, extra.unsqueeze(1).expand(-1, num_rows, -1)])
+    points, values = ascend(whole, first if starts is None else torch.cat([first, starts]), chunk)
+    value, which = values.max(0)
+    best = points[which, everything]
+    second = _scan_peaks(whole, best, local_scale(whole, best, value, chunk), chunk)
+    more, heights = ascend(whole, second, chunk)
+    points, values = torch.cat([points, more]), torch.cat([values, heights])
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    left = torch.where(values.isfinite(), values, -torch.inf)
+    missed = torch.zeros(num_rows, dtype=torch.bool, device=like.device)
+    for k in range(MAX_MODES * 2):
+        rows = everything if k == 0 else (left > -torch.inf).any(0).nonzero().squeeze(-1)
+        if len(rows) == 0:
+            break
+        kept = sum(f[3].long() for f in found)[rows] if found else torch.zeros_like(rows)
+        value, which = left[:, rows].max(0)
+        centre = points[which, rows]
+        part = restrict(rows)
+        scale = local_scale(part, centre, value, chunk)
+        new = _distinct(found, rows, centre, scale, value)
+        missed[rows] |= new & (kept >= MAX_MODES)
+        found.append(_spread(rows, num_rows, centre, scale, value, new & (kept < MAX_MODES)))
+        left[which, rows] = -torch.inf
+        left[:, rows] = _unexplained(part, points[:, rows], left[:, rows], centre, value, scale, chunk)
+    else:
+        missed |= (left > -torch.inf).any(0)
+    return _packed(found, missed)
+
+
+def _scan_peaks(log_density: LogJoint, centre: Tensor, scale: Tensor, chunk: int) -> Tensor:
+    """The highest local maxima of the log density over a grid around ``centre [N, d]``: ``[PEAKS, N, d]``."""
+    rows, dim = centre.shape
+    count, reach = SCAN[dim]
+    axis = 2.0 * torch.linspace(-reach, reach, count).to(centre).sinh()
+    grid = torch.cartesian_prod(*[axis] * dim).view(-1, 1, dim)
+    z = centre + (scale @ grid.unsqueeze(-1)).squeeze(-1)  # [S, N, d]
+    values = evaluate(log_density, z, chunk)
+    pool = (max_pool1d, max_pool2d, max_pool3d)[dim - 1]
+    around = pool(values.T.reshape(rows, 1, *[count] * dim), 3, 1, 1).reshape(rows, -1).T
+    peaks = torch.where(values >= around, values, -torch.inf)
+    index = peaks.topk(PEAKS, 0).indices.unsqueeze(-1).expand(-1, -1, dim)
+    return torch.gather(z, 0, index)
+
+
+def ascend(log_density: LogJoint, start: Tensor, chunk: int, iterations: int = 80) -> tuple[Tensor, Tensor]:
+    """Climb from ``start [S, N, d]`` by BFGS with backtracking: points ``[S, N, d]`` and their values ``[S,
+    N]``.
+
+    Points of density 0 or with a gradient that is not finite stay where they are, with value −∞.
+    """
+    z = start
+    value, gradient = _clean(*value_and_gradient(log_density, z, chunk))
+    length = 0.5 * (1.0 + z.norm(dim=-1)) / gradient.norm(dim=-1).clamp(min=1e-6)
+    identity = torch.eye(z.shape[-1]).to(z)
+    inverse = length[..., None, None] * identity
+    rate, fresh = torch.ones_like(value), torch.ones_like(value, dtype=torch.bool)
+    running = value.isfinite()
+    for _ in range(iterations):
+        step = rate.unsqueeze(-1) * (inverse @ gradient.unsqueeze(-1)).squeeze(-1)
+        gain = (step * gradient).sum(-1)
+        running = running & (gain / rate > 1e-9) & (rate > 1e-12)
+        if not running.any():
+            break
+        moved = torch.where(running.unsqueeze(-1), z + step, z)
+        trial, slope = _clean(*value_and_gradient(log_density, moved, chunk))
+        better = running & (trial >= value + 1e-4 * gain) & (trial > -torch.inf)
+        bend = (step * (gradient - slope)).sum(-1)
+        curved = better & (bend > 1e-10 * gain.abs())
+        first = (bend / (gradient - slope).square().sum(-1))[..., None, None] * identity
+        base = torch.where((fresh & curved)[..., None, None], first, inverse)
+        updated = _bfgs(base, step, gradient - slope, bend)
+        # Where the density is convex the model has no maximum: go further next time.
+        longer = torch.where((better & ~curved)[..., None, None], 4.0 * inverse, inverse)
+        inverse = torch.where(curved[..., None, None], updated, longer)
+        fresh = fresh & ~curved
+        z = torch.where(better.unsqueeze(-1), moved, z)
+        value = torch.where(better, trial, value)
+        gradient = torch.where(better.unsqueeze(-1), slope, gradient)
+        rate = torch.where(better, 1.0, 0.25 * rate)
+    return z, value
+
+
+def local_scale(log_density: LogJoint, centre: Tensor, value: Tensor, chunk: int) -> Tensor:
+    """The scale A ``[N, d, d]`` with −log density ≈ ½|u|² at z = ``centre [N, d]`` + Au, for drops of about
+    ½.
+
+    Axis by axis, the distance at which the log density drops by ½ is sought; second differences at these
+    distances then give the curvature, for a kink or a flat top as well as for a smooth mode. Where it is not
+    positive definite, A is diagonal.
+    """
+    dim = centre.shape[-1]
+    axes = torch.eye(dim).to(centre).unsqueeze(1)  # [d, 1, d]
+    size = torch.ones_like(centre)
+    for _ in range(16):
+        ahead = evaluate(log_density, centre + torch.cat([axes, -axes]) * size, chunk)
+        drop = (value - torch.maximum(ahead[:dim], ahead[dim:])).T  # [N, d]
+        factor = (0.5 / drop.clamp(min=1e-300)).sqrt().clamp(1e-3, 1e3).nan_to_num(nan=1e-3)
+        if ((drop > 0.2) & (drop < 1.0)).all():
+            break
+        size = (size * factor).clamp(1e-150, 1e150)
+    pairs = list(itertools.combinations(range(dim), 2))
+    steps = [a * s for i, j in pairs for a in (axes[i] + axes[j], axes[i] - axes[j]) for s in (1.0, -1.0)]
+    around = evaluate(log_density, centre + torch.stack([*axes, *-axes, *steps]) * size, chunk)
+    curvature = torch.diag_embed((2.0 * value - around[:dim] - around[dim : 2 * dim]).T)
+    for p, (i, j) in enumerate(pairs):
+        same_up, same_down, cross_up, cross_down = around[2 * dim + 4 * p : 2 * dim + 4 * p + 4]
+        curvature[:, i, j] = curvature[:, j, i] = 0.25 * (cross_up + cross_down - same_up - same_down)
+    cholesky, failed = torch.linalg.cholesky_ex(curvature.nan_to_num(nan=-1.0, posinf=-1.0, neginf=-1.0))
+    cholesky = torch.where((failed == 0)[:, None, None], cholesky, torch.eye(dim).to(centre))
+    inverse: Tensor = torch.linalg.solve_triangular(cholesky.mT, torch.eye(dim).to(centre), upper=True)
+    return size.unsqueeze(-1) * inverse
+
+
+def _clean(value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Value −∞ and gradient 0 where either is not finite."""
+    good = value.isfinite() & gradient.isfinite().all(-1)
+    return torch.where(good, value, -torch.inf), torch.where(good.unsqueeze(-1), gradient, 0.0)
+
+
+def _bfgs(inverse: Tensor, step: Tensor, change: Tensor, bend: Tensor) -> Tensor:
+    """The BFGS update of the inverse curvature ``[S, N, d, d]``; rows with ``bend`` ≤ 0 are not used by the
+    caller.
+    """
+    rho = 1.0 / torch.where(bend > 0, bend, 1.0)
+    s, y = step.unsqueeze(-1), change.unsqueeze(-1)
+    left = torch.eye(step.shape[-1]).to(step) - rho[..., None, None] * s @ y.mT
+    return left @ inverse @ left.mT + rho[..., None, None] * s @ s.mT
+
+
+def _distance(scale: Tensor, difference: Tensor) -> Tensor:
+    """|A⁻¹(z − c)|: ``[..., N]``."""
+    return torch.linalg.solve(scale, difference.unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+
+
+def _distinct(
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]],
+    rows: Tensor,
+    centre: Tensor,
+    scale: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """Which candidates ``[M]`` are neither negligible nor overlap a mode found before in the eyes of both
+    scales.
+    """
+    new = torch.ones_like(value, dtype=torch.bool)
+    if found:
+        mass = value + scale.det().abs().log()
+        best = torch.stack([f[2] + f[1].det().abs().log() for f in found]).amax(0)[rows]
+        new = mass > best - NEGLIGIBLE
+    for other_centre, other_scale, _, present in found:
+        difference = centre - other_centre[rows]
+        far = torch.maximum(_distance(scale, difference), _distance(other_scale[rows], difference))
+        new &= (far > 4.0) | ~present[rows]
+    return new
+
+
+def _spread(
+    rows: Tensor, num_rows: int, centre: Tensor, scale: Tensor, value: Tensor, present: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Centre, scale, value and presence of one mode for all N rows; placeholders elsewhere."""
+    dim = centre.shape[-1]
+    everywhere = (
+        centre.new_zeros(num_rows, dim),
+        torch.eye(dim).to(centre).repeat(num_rows, 1, 1),
+        value.new_full((num_rows,), -torch.inf),
+        torch.zeros(num_rows, dtype=torch.bool, device=rows.device),
+    )
+    for whole, part in zip(everywhere, (centre, scale, value, present), strict=True):
+        whole[rows] = part
+    return everywhere
+
+
+def _unexplained(
+    log_density: LogJoint,
+    points: Tensor,
+    left: Tensor,
+    centre: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    chunk: int,
+) -> Tensor:
+    """``left [S, M]`` with −∞ for candidates at this mode, or from which the way to it does not dip."""
+    difference = points - centre
+    left = torch.where(_distance(scale, difference) < 0.5, -torch.inf, left)
+    some = (left > -torch.inf).any(-1)
+    if not some.any():
+        return left
+    lowest = torch.full_like(left[some], torch.inf)
+    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
+        between = evaluate(log_density, centre + fraction * difference[some], chunk)
+        lowest = torch.minimum(lowest, between)
+    left[some] = torch.where(lowest >= torch.minimum(left[some], value) - 0.01, -torch.inf, left[some])
+    return left
+
+
+def _packed(found: list[tuple[Tensor, Tensor, Tensor, Tensor]], missed: Tensor) -> Modes:
+    """The modes with those present in a row first."""
+    centre, scale, _, present = (torch.stack(part) for part in zip(*found, strict=True))
+    count = max(1, int(present.sum(0).max()))
+    order = torch.argsort((~present).int(), dim=0, stable=True)[:count]
+    rows = torch.arange(present.shape[1], device=present.device)
+    return Modes(centre[order, rows], scale[order, rows], present[order, rows], missed)
