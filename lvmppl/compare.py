@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.elbo import GuideWeights, expectation
 from lvmppl.exact.named import Named
 from lvmppl.fitted import Fit
@@ -44,9 +45,11 @@ def _spread(mean: Named, plates: frozenset[str], exact: Posterior, like: Tensor)
 
 
 def gaps(name: str, fit: Fit) -> pd.DataFrame:
-    """A row per datum of a fit with a guide: log_evidence, elbo and their gap, the KL of the two posteriors.
+    """A row per datum of a fit with a guide: log_evidence, elbo and their gap, KL[q ‖ p(z | x)].
 
-    Where the exact posterior does not exist, log_evidence and gap are empty.
+    Between enumerated sites the gap is that KL, from the two posteriors' tables; with continuous sites it is
+    log p(x) − ELBO, an estimate as the ELBO is one, and `log_evidence_error` bounds the error of a quadrature. Where the
+    exact posterior does not exist, log_evidence and gap are empty.
     """
     if fit.elbo_per_datum is None:
         return pd.DataFrame(columns=["fit", "datum", "log_evidence", "elbo", "gap"])
@@ -58,17 +61,23 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
     frame["log_evidence"] = (nothing if evidence is None else evidence).double().numpy()
     frame["elbo"] = fit.elbo_per_datum.double().numpy()
     gap = nothing
-    if exact is not None and evidence is not None and fit.variational is not None:
+    if isinstance(exact, Posterior) and evidence is not None and fit.variational is not None and not fit.moments:
         gap = kl_per_datum(fit.variational, exact)
+    elif evidence is not None:
+        gap = evidence - fit.elbo_per_datum
     frame["gap"] = gap.double().numpy()
+    if isinstance(exact, ContinuousPosterior) and exact.layout.local and exact.kind != "exact":
+        frame["log_evidence_error"] = exact.log_evidence_error_per_datum.double().numpy()
     return frame
 
 
 def total_gap(fit: Fit) -> float:
-    """KL[q ‖ p(z | x)] over all data, NaN where either is not to be had exactly."""
-    if fit.posterior is None or fit.variational is None or fit.moments:
+    """KL[q ‖ p(z | x)] over all data; log p(x) − ELBO where sites are drawn; NaN without an exact log evidence."""
+    if fit.posterior is None:
         return math.nan
-    return float(kl_per_datum(fit.variational, fit.posterior).sum())
+    if isinstance(fit.posterior, Posterior) and fit.variational is not None and not fit.moments:
+        return float(kl_per_datum(fit.variational, fit.posterior).sum())
+    return fit.log_evidence - fit.elbo
 
 
 __all__ = ["gaps", "kl_per_datum", "total_gap"]

@@ -538,11 +538,19 @@ class Joint:
                 self.model(data, values)
         return _build(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
-    def evaluate_at(self, data: Values, values: Values, points: Values, rows: Rows | None = None) -> Evaluation:
+    def evaluate_at(
+        self,
+        data: Values,
+        values: Values,
+        points: Values,
+        rows: Rows | None = None,
+        configurations: Mapping[int, str] | None = None,
+    ) -> Evaluation:
         """The model's log-factors with its continuous sites held at given points, the enumerated ones enumerated.
 
         points: by site, [S, *batch, *event], where batch has all `nesting` plate axes (size 1 where it has none). Factors
-        that depend on the points have a leading axis named `POINTS`.
+        that depend on the points have a leading axis named `POINTS`. Points that differ between states of enumerated
+        sites have axes left of S, named by `configurations` (batch axis → site).
         """
         rows = rows or Rows(num_rows(data))
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
@@ -550,7 +558,8 @@ class Joint:
         with parameters, _swapped_modules(values), poutine.trace() as trace:
             with poutine.enum(first_available_dim=self.first_available_dim - 1), _Hold(points):
                 self.model(data, values)
-        return _build(trace.trace, None, rows, self.structure, names, {self.first_available_dim: POINTS})
+        extra = {self.first_available_dim: POINTS, **(configurations or {})}
+        return _build(trace.trace, None, rows, self.structure, names, extra)
 
     def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The guide's log-factors alone; the model is not run."""

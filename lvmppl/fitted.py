@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Factor, Variable
 from lvmppl.errors import InputError
 from lvmppl.posteriors import Posterior
@@ -46,7 +47,7 @@ class Fit:
     elbo: float = float("nan")
     elbo_error: float = float("nan")
     elbo_per_datum: Tensor | None = None
-    posterior: Posterior | None = None
+    posterior: Posterior | ContinuousPosterior | None = None
     variational: Posterior | None = None  # q over its enumerated sites, in the same form
     moments: Mapping[str, Tensor] = field(default_factory=dict)  # of q's continuous sites: [2, *shape], mean and sd
 
@@ -57,7 +58,11 @@ class Fit:
         return rows.reset_index(drop=True)
 
     def save(self, path: str | Path) -> None:
-        """Write the fit to one safetensors file; `load_fit` reads it back."""
+        """Write the fit to one safetensors file; `load_fit` reads it back.
+
+        The posterior of continuous sites is not written: `lvmppl.posterior(model, data, parameters=fit.parameters)`
+        gives it again.
+        """
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
@@ -111,8 +116,8 @@ def load_fit(path: str | Path) -> Fit:
     )
 
 
-def _pack_posterior(posterior: Posterior | None, key: str, tensors: dict[str, Tensor]) -> Any:
-    if posterior is None:
+def _pack_posterior(posterior: Posterior | ContinuousPosterior | None, key: str, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(posterior, Posterior):  # a continuous one holds the model itself and is had again from θ
         return None
     factors = []
     for i, f in enumerate(posterior.factors):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior
-from lvmppl.algorithms.problem import Problem, Progress, build_problem, require_enumerated
+from lvmppl.algorithms.problem import Problem, Progress, build_problem
+from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
@@ -73,7 +74,7 @@ def posterior(
     parameters: Mapping[str, Tensor] | None = None,
     *,
     data_plate: str | None = None,
-) -> Posterior:
+) -> Posterior | ContinuousPosterior:
     """The exact posterior p(z | x; θ) and log evidence, at `parameters` or at the model's own start.
 
     Raises:
@@ -87,7 +88,6 @@ def posterior(
         if unknown:
             listing = ", ".join(problem.theta) or "it has none"
             raise InputError("parameters", f"parameters of the model ({listing})", ", ".join(unknown))
-        require_enumerated(problem, "exact posterior")
         return exact_posterior(problem, problem.initial)
 
 

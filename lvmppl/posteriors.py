@@ -60,6 +60,9 @@ class Posterior:
         factors = (*self.factors, *extra)
         return eliminate(factors, self.variables, self.plate_sizes, self.data_plate, **options)
 
+    kind = "exact"
+    log_evidence_error = 0.0
+
     @cached_property
     def log_evidence(self) -> float:
         """log p(x; θ) summed over all data."""
@@ -86,7 +89,7 @@ class Posterior:
 
     def marginal(self, site: str) -> torch.distributions.Categorical:
         """The marginal of one site, `.probs` [*plates, K], over the indices of its support."""
-        return _categorical(self.probabilities(site))
+        return categorical_of(self.probabilities(site))
 
     def pair_marginal(self, first: str, second: str) -> Tensor:
         """p(z_first = j, z_second = k | x), [*plates of both, J, K]."""
@@ -302,7 +305,7 @@ def probability_frame(site: str, probs: Tensor, plates: Sequence[str], data_plat
     return frame
 
 
-def _categorical(probs: Tensor) -> torch.distributions.Categorical:
+def categorical_of(probs: Tensor) -> torch.distributions.Categorical:
     """A Categorical whose `.probs` are these very numbers: no clamp, and zeros for an impossible datum."""
     result = torch.distributions.Categorical(torch.ones_like(probs), validate_args=False)
     result.probs = probs

@@ -24,12 +24,12 @@ from lvmppl.algorithms import INFER
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem, require_enumerated
 from lvmppl.compare import gaps, total_gap
+from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
 from lvmppl.options import Options
-from lvmppl.posteriors import Posterior
 from lvmppl.spec import Experiment, load_experiment, to_yaml
 
 SMOKE_STEPS = 3
@@ -371,30 +371,13 @@ def _posterior_rows(name: str, fit: Fit) -> list[pd.DataFrame]:
     """Rows of kind exact and variational, datum numbered within the training rows."""
     frames = []
     for kind, found in (("exact", fit.posterior), ("variational", fit.variational)):
-        if found is not None and isinstance(found, Posterior) and found.variables:
+        if found is not None and (found.variables or isinstance(found, ContinuousPosterior)):
             frames.append(found.to_frame().assign(fit=name, kind=kind))
-    for site, moments in fit.moments.items():
-        frames.append(_moment_rows(site, moments, len(fit.elbo_per_datum) if fit.elbo_per_datum is not None else 0).assign(fit=name, kind="variational"))
+    size = 0 if fit.elbo_per_datum is None else len(fit.elbo_per_datum)
+    for site, (mean, sd) in fit.moments.items():
+        local = mean.dim() > 0 and mean.shape[0] == size
+        frames.append(moment_frame(site, mean, sd, local).assign(fit=name, kind="variational"))
     return frames
-
-
-def _moment_rows(site: str, moments: Tensor, size: int) -> pd.DataFrame:
-    """Mean and sd of a drawn site: rows by datum where its first axis is the data plate."""
-    shape = moments.shape[1:]
-    local = len(shape) > 0 and shape[0] == size
-    count = moments[0].numel()
-    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
-    return pd.DataFrame(
-        {
-            "site": site,
-            "datum": pd.array([i[0] if local else pd.NA for i in index], dtype="Int64"),
-            "position": [",".join(map(str, i[1:] if local else i)) for i in index],
-            "state": pd.array([pd.NA] * count, dtype="Int64"),
-            "probability": math.nan,
-            "mean": moments[0].reshape(-1).double().numpy(),
-            "sd": moments[1].reshape(-1).double().numpy(),
-        }
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- writing

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lvmppl.algorithms.problem import Problem
 from lvmppl.density import Factor, Rows, Values
+from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.exact.elimination import eliminate
+from lvmppl.exact.engine import continuous_posterior
 from lvmppl.posteriors import Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
@@ -48,8 +50,19 @@ def log_evidence(problem: Problem, values: Values) -> Tensor:
     return total
 
 
-def exact_posterior(problem: Problem, values: Values) -> Posterior:
-    """p(z | x; θ) over all rows."""
+def exact_posterior(problem: Problem, values: Values) -> Posterior | ContinuousPosterior:
+    """p(z | x; θ) over all rows, by the engine that serves the model.
+
+    Raises:
+        IntractableError: none does; names the sites in the way and what to use instead.
+    """
+    if any(s.kind == "latent" for s in problem.model.structure.sites.values()):
+        with torch.no_grad():
+            return continuous_posterior(problem.model, problem.data, values)
+    return _enumerated_posterior(problem, values)
+
+
+def _enumerated_posterior(problem: Problem, values: Values) -> Posterior:
     parts: list[tuple[Factor, ...]] = []
     with torch.no_grad():
         for data, rows in chunks(problem):

@@ -15,7 +15,10 @@ from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.stepper import StepSeeds
 from lvmppl.density import Values
+from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.elbo import elbo
+from lvmppl.errors import IntractableError
+from lvmppl.exact.evaluation import ImproperPosterior
 from lvmppl.fitted import Fit, history_frame
 from lvmppl.options import Options
 from lvmppl.posteriors import Posterior
@@ -27,9 +30,10 @@ ELBO_DRAWS = 200  # draws of the guide for the reported ELBO and its standard er
 class Score:
     """The reported numbers at given θ and λ."""
 
-    posterior: Posterior | None
+    posterior: Posterior | ContinuousPosterior | None
     log_evidence: float
     kind: str
+    log_evidence_error: float
     elbo: float
     elbo_error: float
     elbo_per_datum: Tensor | None
@@ -56,7 +60,7 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
         guide=problem.guide_name,
         log_evidence=score.log_evidence,
         log_evidence_kind=score.kind,
-        log_evidence_error=0.0 if score.kind == "exact" else math.nan,
+        log_evidence_error=score.log_evidence_error,
         elbo=score.elbo,
         elbo_error=score.elbo_error,
         elbo_per_datum=score.elbo_per_datum,
@@ -67,16 +71,20 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
 
 
 def evaluate(problem: Problem, values: Values) -> Score:
-    """Exact log evidence and posterior where every latent site is enumerated; ELBO and q where there is a guide."""
+    """The exact posterior and log evidence where there is an engine for them; ELBO and q where there is a guide."""
     posterior = None
-    if not any(s.kind == "latent" for s in problem.model.structure.sites.values()):
+    try:
         posterior = exact_posterior(problem, values)
-    log_evidence = math.nan if posterior is None else posterior.log_evidence
-    kind = "none" if posterior is None else "exact"
+    except (IntractableError, ImproperPosterior):
+        if problem.guided is None:
+            raise
+    exact = (math.nan, "none", math.nan)
+    if posterior is not None:
+        exact = (posterior.log_evidence, posterior.kind, posterior.log_evidence_error)
     if problem.guided is None:
-        return Score(posterior, log_evidence, kind, math.nan, math.nan, None, None, {})
+        return Score(posterior, *exact, math.nan, math.nan, None, None, {})
     bound, error, per_datum, variational, moments = _bound(problem, values)
-    return Score(posterior, log_evidence, kind, bound, error, per_datum, variational, moments)
+    return Score(posterior, *exact, bound, error, per_datum, variational, moments)
 
 
 def _bound(

@@ -1,0 +1,313 @@
+"""The posterior of models with continuous latent sites, in the form `lvmppl.posteriors.Posterior` has for discrete ones.
+
+p(z, c | x) = p(c | x) p(z | c, x): weights over the configurations c of the enumerated sites, and for each a Gaussian
+(exact) or a set of quadrature nodes (with an error).
+
+Shapes: C = (C₁, …) configurations, N data, S samples, d stacked continuous dimensions. Nats, detached.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from lvmppl.density import Variable
+from lvmppl.errors import InputError
+from lvmppl.exact.continuous import Block, Layout
+from lvmppl.exact.gaussian import GaussianPosterior
+from lvmppl.exact.named import log_sum_exp
+from lvmppl.exact.quadrature import QuadraturePosterior
+from lvmppl.exact.state_space import StateSpacePosterior
+from lvmppl.posteriors import Mode, categorical_of, probability_frame
+
+
+class Path:
+    """A state-space posterior over [*rows, T, d] as one over stacked vectors [*rows, T·d]."""
+
+    def __init__(self, posterior: StateSpacePosterior) -> None:
+        self.posterior = posterior
+        self.shape = posterior.mean.shape[-2:]
+
+    @property
+    def log_evidence(self) -> Tensor:
+        return self.posterior.log_evidence
+
+    @property
+    def mean(self) -> Tensor:
+        return self.posterior.mean.flatten(-2)
+
+    @property
+    def variance(self) -> Tensor:
+        return self.posterior.covariance.diagonal(dim1=-2, dim2=-1).flatten(-2)
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.posterior.entropy
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        return self.posterior.sample(n, generator).flatten(-2)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return self.posterior.log_prob(z.unflatten(-1, self.shape))
+
+
+Kernel = GaussianPosterior | QuadraturePosterior | Path
+
+
+@dataclass(frozen=True, eq=False)
+class ContinuousPosterior:
+    """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
+
+    kind: `exact` or `quadrature`; log_evidence_error bounds the absolute error of the total (0 for the Gaussian).
+    """
+
+    kernel: Kernel
+    layout: Layout
+    variables: Mapping[str, Variable]
+    data_plate: str | None
+    engine: str
+
+    @property
+    def kind(self) -> str:
+        return "quadrature" if isinstance(self.kernel, QuadraturePosterior) else "exact"
+
+    @property
+    def _lead(self) -> tuple[int, ...]:
+        return tuple(range(len(self.layout.discrete)))
+
+    @property
+    def _by_row(self) -> Tensor:
+        """log p(x⁽ⁿ⁾) [N] or [1]."""
+        table = self.kernel.log_evidence.detach()
+        for _ in self._lead:
+            table = log_sum_exp(table, 0)
+        return table.reshape(-1)
+
+    @property
+    def log_evidence(self) -> float:
+        """log p(x; θ) summed over all data."""
+        return float(self._by_row.sum())
+
+    @property
+    def log_evidence_per_datum(self) -> Tensor | None:
+        """log p(x⁽ⁿ⁾; θ) [N], or None where global sites couple the data."""
+        return self._by_row if self.layout.local else None
+
+    @property
+    def log_evidence_error_per_datum(self) -> Tensor:
+        """Bound on the absolute error of log p(x⁽ⁿ⁾) [N]: that of each configuration, weighted by its probability."""
+        if not isinstance(self.kernel, QuadraturePosterior):
+            return torch.zeros_like(self._by_row)
+        error = self.kernel.log_evidence_error
+        # |log Σ e^{a+δ} − log Σ e^a| ≤ max |δ| over configurations that matter, hence ≤ log Σ p(c) e^{|δ|}
+        weights = self._weights.log() + error
+        for _ in self._lead:
+            weights = log_sum_exp(weights, 0)
+        return weights.reshape(-1) if self._lead else error.reshape(-1)
+
+    @property
+    def log_evidence_error(self) -> float:
+        return float(self.log_evidence_error_per_datum.sum())
+
+    @property
+    def _weights(self) -> Tensor:
+        """p(c | x) [*C, N]; zeros for an impossible datum."""
+        table = self.kernel.log_evidence.detach()
+        total = self._by_row.reshape(table.shape[len(self._lead) :])
+        return torch.where(torch.isfinite(total), (table - total.nan_to_num(neginf=0.0)).exp(), 0.0)
+
+    # --------------------------------------------------------------------------------------------- marginals
+
+    def probabilities(self, site: str) -> Tensor:
+        """p(c = k | x) of an enumerated site: [N, K], or [K] for a global one."""
+        axis = self._axis(site)
+        others = [a for a in self._lead if a != axis]
+        table = self._weights.sum(others) if others else self._weights
+        table = table.movedim(0, -1)
+        return table if self.layout.local else table.reshape(table.shape[-1])
+
+    def marginal(self, site: str) -> torch.distributions.Distribution:
+        """The marginal of one site: Categorical (`.probs` [N, K]) for an enumerated one; for a continuous one a (mixture
+        of) MultivariateNormal over its stacked elements [N, D], or the weighted nodes of the quadrature (Empirical).
+        """
+        if site in self.layout.discrete:
+            return categorical_of(self.probabilities(site))
+        block = self._block(site)
+        if isinstance(self.kernel, QuadraturePosterior):
+            return self._empirical(block, self.kernel)
+        part = slice(block.begin, block.begin + block.size)
+        if isinstance(self.kernel, Path):
+            normal = torch.distributions.Normal(self.kernel.mean[..., part], self.kernel.variance[..., part].sqrt())
+            return self._mixed(normal)
+        mean, covariance = self.kernel.mean[..., part], self.kernel.covariance[..., part, part]
+        if not self._lead:
+            return torch.distributions.MultivariateNormal(mean, covariance)
+        count = math.prod(self.layout.discrete_sizes)
+        rows = mean.shape[len(self._lead) : -1]
+        components: torch.distributions.Distribution = torch.distributions.MultivariateNormal(
+            mean.reshape(count, *rows, block.size).movedim(0, -2),
+            covariance.reshape(count, *rows, block.size, block.size).movedim(0, -3),
+        )
+        weights = categorical_of(self._weights.reshape(count, *rows).movedim(0, -1))
+        return torch.distributions.MixtureSameFamily(weights, components)
+
+    def _empirical(self, block: Block, kernel: QuadraturePosterior) -> Any:
+        from pyro.distributions import Empirical
+
+        points = kernel.points[..., block.begin : block.begin + block.size]
+        weights = kernel.log_weights + self._weights.log()
+        count = points.shape[0] * math.prod(self.layout.discrete_sizes)
+        rows = points.shape[1 + len(self._lead) : -1]
+        flat = points.reshape(count, *rows, block.size).movedim(0, len(rows))
+        return Empirical(flat, weights.reshape(count, *rows).movedim(0, len(rows)))
+
+    def _mixed(self, normal: torch.distributions.Normal) -> torch.distributions.Distribution:
+        """Elementwise marginals of a path; only without enumerated sites are they Normal."""
+        if self._lead:
+            raise InputError("marginal", "a site without enumerated sites beside a long path", "both", "use moments(site)")
+        return normal
+
+    @property
+    def _variance(self) -> Tensor:
+        if isinstance(self.kernel, Path):
+            return self.kernel.variance
+        return self.kernel.covariance.diagonal(dim1=-2, dim2=-1)
+
+    def moments(self, site: str) -> tuple[Tensor, Tensor]:
+        """Posterior mean and standard deviation of a continuous site, [N, *inner plates, *event] (global: no N)."""
+        block = self._block(site)
+        part = slice(block.begin, block.begin + block.size)
+        mean = self.kernel.mean[..., part]
+        variance = self._variance[..., part]
+        weights = self._weights.unsqueeze(-1)
+        total = (weights * mean).sum(self._lead) if self._lead else mean
+        second = (weights * (variance + (mean - total).square())).sum(self._lead) if self._lead else variance
+        inner = [self.layout.plate_sizes[p] for p in block.inner]
+        lead = [total.shape[0]] if self.layout.local else []
+        shape = (*lead, *inner, *block.event_shape)
+        return total.reshape(shape), second.clamp_min(0).sqrt().reshape(shape)
+
+    # ------------------------------------------------------------------------- mode, samples, log-probabilities
+
+    def mode(self) -> Mode:
+        """The highest point of p(z, c | x) over configurations and continuous values, and its log density."""
+        if isinstance(self.kernel, QuadraturePosterior):
+            point, value = self.kernel.mode()
+            height = value - self.kernel.log_evidence.detach()
+        else:
+            point, height = self.kernel.mean, self.kernel.log_prob(self.kernel.mean)
+        height = height + self._weights.log()
+        count = math.prod(self.layout.discrete_sizes)
+        rows = height.shape[len(self._lead) :]
+        best = height.reshape(count, *rows).argmax(0)  # [N]
+        chosen = point.reshape(count, *rows, -1).gather(0, best[None, ..., None].expand(1, *rows, point.shape[-1]))[0]
+        top = height.reshape(count, *rows).amax(0)
+        values = self._as_sites(chosen.unsqueeze(0), best.unsqueeze(0))
+        return Mode({k: v.squeeze(0) for k, v in values.items()}, top if self.layout.local else top.reshape(()))
+
+    def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
+        """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine."""
+        generator = torch.Generator(device=self.kernel.mean.device).manual_seed(seed)
+        draws = self.kernel.sample(num_samples, generator)  # [S, *C, N, d]
+        count = math.prod(self.layout.discrete_sizes)
+        rows = draws.shape[1 + len(self._lead) : -1]
+        weights = self._weights.reshape(count, -1).T  # [rows, C]
+        picked = torch.multinomial(weights, num_samples, replacement=True, generator=generator).T  # [S, rows]
+        picked = picked.reshape(num_samples, *rows)
+        flat = draws.reshape(num_samples, count, *rows, -1)
+        index = picked[:, None, ..., None].expand(num_samples, 1, *rows, flat.shape[-1])
+        return self._as_sites(flat.gather(1, index)[:, 0], picked)
+
+    def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
+        """log p(z, c | x) of one value for every site, shaped as `sample` gives them without S: [N] (global: scalar)."""
+        missing = [n for n in (*self.layout.discrete, *(b.name for b in self.layout.blocks)) if n not in assignment]
+        if missing:
+            raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
+        rows = self._weights.shape[len(self._lead) :]
+        parts = [torch.as_tensor(assignment[b.name]).reshape(*rows, b.size) for b in self.layout.blocks]
+        z = torch.cat(parts, -1)
+        table = self.kernel.log_prob(z.expand(1, *self._weights.shape, -1))[0] + self._weights.log()
+        table = table.reshape(math.prod(self.layout.discrete_sizes), *rows)
+        index = torch.zeros(rows, dtype=torch.long)
+        for name, size in zip(self.layout.discrete, self.layout.discrete_sizes, strict=True):
+            index = index * size + self._state_of(name, torch.as_tensor(assignment[name])).reshape(rows)
+        result = table.gather(0, index.unsqueeze(0))[0]
+        return result if self.layout.local else result.reshape(())
+
+    def _state_of(self, name: str, value: Tensor) -> Tensor:
+        match = self.variables[name].support.reshape(-1, *[1] * value.dim()) == value
+        if not bool(match.any(0).all()):
+            raise InputError(f"log_prob: site '{name}'", "values in its support", "a value outside it")
+        return match.to(torch.uint8).argmax(0)
+
+    def entropy(self) -> Tensor:
+        """Differential entropy of z plus entropy of c: H[c | x] + E H[z | c, x], per datum [N] (global: scalar)."""
+        weights = self._weights
+        inner = torch.where(weights > 0, weights * (self.kernel.entropy - weights.log()), 0.0)
+        total = inner.sum(self._lead) if self._lead else inner
+        return total if self.layout.local else total.reshape(())
+
+    def _as_sites(self, z: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """Values by site from stacked z [S, N, d] and configuration numbers [S, N]."""
+        lead = [z.shape[0], *([z.shape[1]] if self.layout.local else [])]
+        result: dict[str, Tensor] = {}
+        rest = index
+        for name, size in reversed(list(zip(self.layout.discrete, self.layout.discrete_sizes, strict=True))):
+            state = rest % size
+            rest = torch.div(rest, size, rounding_mode="floor")
+            result[name] = self.variables[name].support[state].reshape(*lead, *self.variables[name].support.shape[1:])
+        for block in self.layout.blocks:
+            inner = [self.layout.plate_sizes[p] for p in block.inner]
+            part = z[..., block.begin : block.begin + block.size]
+            result[block.name] = part.reshape(*lead, *inner, *block.event_shape)
+        return result
+
+    # ------------------------------------------------------------------------------------------------ tables
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per site, datum, position and state: columns site, datum, position, state, probability, mean, sd."""
+        frames = []
+        for name in self.layout.discrete:
+            plates = (self.data_plate,) if self.layout.local and self.data_plate else ()
+            frames.append(probability_frame(name, self.probabilities(name), plates, self.data_plate))
+        for block in self.layout.blocks:
+            mean, sd = self.moments(block.name)
+            frames.append(moment_frame(block.name, mean, sd, self.layout.local))
+        return pd.concat(frames, ignore_index=True)
+
+    def _axis(self, site: str) -> int:
+        if site not in self.layout.discrete:
+            listing = ", ".join(self.layout.discrete) or "it has none"
+            raise InputError("posterior", f"an enumerated site ({listing})", f"'{site}'", "use moments(site) or marginal(site)")
+        return self.layout.discrete.index(site)
+
+    def _block(self, site: str) -> Block:
+        for block in self.layout.blocks:
+            if block.name == site:
+                return block
+        listing = ", ".join([*self.layout.discrete, *(b.name for b in self.layout.blocks)])
+        raise InputError("posterior", f"one of the latent sites ({listing})", f"'{site}'")
+
+
+def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFrame:
+    """The rows of one continuous site: by datum where its first axis is the data plate, `position` the other axes."""
+    shape = mean.shape
+    count = mean.numel()
+    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
+    return pd.DataFrame(
+        {
+            "site": pd.Series([site] * count, dtype="string"),
+            "datum": pd.array([i[0] if local else pd.NA for i in index], dtype="Int64"),
+            "position": pd.Series([",".join(map(str, i[1:] if local else i)) for i in index], dtype="string"),
+            "state": pd.array([pd.NA] * count, dtype="Int64"),
+            "probability": math.nan,
+            "mean": mean.reshape(-1).double().numpy(),
+            "sd": sd.reshape(-1).double().numpy(),
+        }
+    )

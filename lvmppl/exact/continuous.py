@@ -1,0 +1,190 @@
+"""Exact posteriors of models with continuous latent sites: Gaussian where the log joint is quadratic, else quadrature.
+
+The continuous sites of one row are stacked into a vector z⁽ⁿ⁾ ∈ ℝᵈ; the model is evaluated at many points of it at once
+(an extra axis `POINTS` left of the plates) and enumerated sites are kept as an axis of configurations, so that
+log p(x, z, c) comes as a table [S, C, N] and log p(x) = log Σ_c ∫ p(x, z, c) dz.
+
+Rows: a row per datum where every latent site lies in the data plate; one row for everything otherwise.
+Shapes: S points, C = (C₁, …) enumerated sites, N data, d dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import CatTransform, Transform, biject_to, constraints, identity_transform
+
+from lvmppl.density import POINTS, Evaluation, Factor, Joint, Rows, SiteInfo, Values
+from lvmppl.errors import IntractableError
+from lvmppl.exact.named import Named, align
+
+MAX_CONFIGURATIONS = 4096
+MAX_DENSE = 400  # dimensions of a dense Gaussian row
+QUADRATURE_DIMS = 3
+
+
+@dataclass(frozen=True)
+class Block:
+    """One continuous site's place in the stacked vector."""
+
+    name: str
+    begin: int
+    size: int
+    inner: tuple[str, ...]  # plates, besides the data plate of a row per datum, whose elements are stacked
+    event_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How continuous sites make up z [*rows, d], and which enumerated sites index its configurations.
+
+    discrete: in the order of the leading axes of rows. local: a row per datum.
+    """
+
+    blocks: tuple[Block, ...]
+    dim: int
+    discrete: tuple[str, ...]
+    discrete_sizes: tuple[int, ...]
+    local: bool
+    plate_sizes: Mapping[str, int]
+    transform: Transform | None
+
+    def rows(self, data_plate: str | None) -> tuple[int, ...]:
+        tail = (self.plate_sizes[data_plate],) if self.local and data_plate is not None else ()
+        return (*self.discrete_sizes, *tail) or (1,)
+
+
+def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
+    """Stack the continuous sites.
+
+    evaluation: one pass of the model, from which sizes of plates and enumerated sites are read.
+
+    Raises:
+        IntractableError: discrete sites that are not enumerated, or plates that couple rows in a way that is not handled.
+    """
+    structure = joint.structure
+    plate = structure.data_plate
+    latents = [s for s in structure.sites.values() if s.kind == "latent"]
+    stuck = [s for s in latents if s.discrete]
+    if stuck:
+        raise _intractable(stuck, "discrete sites that cannot be enumerated", "truncate the support to a Categorical, or use svi")
+    for factor in evaluation.factors:
+        if isinstance(factor.scale, Tensor) or factor.scale != 1.0:
+            raise _intractable(latents, f"site '{factor.site}' carries a scale, which acts after they are integrated", "leave it out")
+    enumerated = [structure.sites[n] for n in structure.enumerated]
+    local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
+    home = {plate} if local else set()
+    awkward = [s for s in enumerated if set(s.plates) - home]
+    if awkward:
+        raise _intractable(
+            [*latents, *awkward],
+            "enumerated sites within plates that continuous ones outside of them depend on",
+            "use vem or svi: the enumerated sites are still summed exactly there",
+        )
+    blocks, begin, transforms, lengths = [], 0, [], []
+    for site in latents:
+        inner = tuple(p for p in site.plates if p not in home)
+        size = math.prod(evaluation.plate_sizes[p] for p in inner) * math.prod(site.event_shape)
+        blocks.append(Block(site.name, begin, size, inner, site.event_shape))
+        transforms.append(_transform(site))
+        lengths.append(size)
+        begin += size
+    plain = all(t is identity_transform for t in transforms)
+    whole = None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
+    names = tuple(reversed(structure.enumerated))  # later sites are enumerated further left
+    sizes = tuple(evaluation.variables[n].size for n in names)
+    if math.prod(sizes) > MAX_CONFIGURATIONS:
+        raise _intractable(enumerated, f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})", "use vem or svi")
+    return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole)
+
+
+def _transform(site: SiteInfo) -> Transform:
+    """ℝ → support, elementwise."""
+    support = site.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.real or support is constraints.real_vector:
+        return identity_transform
+    transform = biject_to(support)
+    if transform.domain.event_dim or transform.codomain.event_dim:
+        raise _intractable([site], f"a support ({support}) whose coordinates are tied", "use vem or svi")
+    return transform
+
+
+def _intractable(sites: list[SiteInfo], what: str, fix: str) -> IntractableError:
+    listing = ", ".join(f"{s.name} ({s.family})" for s in sites)
+    return IntractableError("exact posterior", "latent sites that can be summed or integrated", f"{listing}: {what}", fix)
+
+
+class LogJointOfModel:
+    """log p(x, z, c; θ) as a function of z [S, *rows, d] in the support of the sites: [S, *rows]."""
+
+    def __init__(self, joint: Joint, data: Values, values: Values, layout: Layout) -> None:
+        self.joint, self.data, self.values, self.layout = joint, data, values, layout
+        self.plate = joint.structure.data_plate
+        first = joint.first_available_dim
+        self.extra = {first - 1 - i: name for i, name in enumerate(reversed(layout.discrete))}
+
+    def __call__(self, z: Tensor) -> Tensor:
+        points = {block.name: self._place(block, z) for block in self.layout.blocks}
+        evaluation = self.joint.evaluate_at(self.data, self.values, points, None, self.extra)
+        lead = (*self.layout.discrete, POINTS)
+        tail = (self.plate,) if self.layout.local and self.plate is not None else ()
+        shape = z.shape[:-1]  # [S, *rows]
+        total: Tensor | None = None
+        for factor in evaluation.factors:
+            part = self._table(factor, (*lead, *tail))
+            total = part if total is None else total + part
+        assert total is not None
+        target = (*self.layout.discrete_sizes, z.shape[0], *([self.layout.plate_sizes[tail[0]]] if tail else []))
+        return total.expand(target).movedim(len(lead) - 1, 0).reshape(shape)
+
+    def _place(self, block: Block, z: Tensor) -> Tensor:
+        """The site's values [*C, S, *plates, *event] from the stacked vector."""
+        layout, nesting = self.layout, self.joint.structure.nesting
+        part = z[..., block.begin : block.begin + block.size]
+        sizes = layout.discrete_sizes
+        local = layout.local and self.plate is not None
+        rows = [layout.plate_sizes[self.plate]] if local and self.plate is not None else []
+        part = part.reshape(z.shape[0], *sizes, *rows, block.size).movedim(0, len(sizes))  # [*C, S, N?, size]
+        axes = self.joint.structure.plate_axes
+        inner = sorted(block.inner, key=lambda p: axes[p])  # left to right
+        part = part.reshape(*part.shape[:-1], *(layout.plate_sizes[p] for p in inner), *block.event_shape)
+        have = ([self.plate] if local else []) + list(inner)
+        order = sorted(range(len(have)), key=lambda i: axes[have[i]])  # type: ignore[index]
+        lead = len(sizes) + 1
+        events = range(lead + len(have), part.dim())
+        part = part.permute(*range(lead), *(lead + i for i in order), *events)
+        shape = [1] * nesting
+        for i in order:
+            shape[axes[have[i]]] = layout.plate_sizes[have[i]]  # type: ignore[index]
+        return part.reshape(*part.shape[:lead], *shape, *block.event_shape)
+
+    def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
+        """A factor's log-probabilities over `dims`, its other plates multiplied out."""
+        named = Named(factor.log_prob, factor.dims)
+        out = [i for i, d in enumerate(named.dims) if d not in dims]
+        tensor = named.tensor.sum(out) if out else named.tensor
+        for plate in factor.plates:
+            if plate not in named.dims and plate not in dims:
+                tensor = tensor * self.layout.plate_sizes[plate]
+        return align(Named(tensor, tuple(d for d in named.dims if d in dims)), dims)
+
+
+def rows_of(joint: Joint, data: Values, values: Values, layout: Layout, index: Tensor) -> LogJointOfModel:
+    """The log joint of some data only (rows of the data plate by index), for blocks of a local layout."""
+    plate = joint.structure.data_plate
+    assert layout.local and plate is not None
+    part = {k: v[index] for k, v in data.items()}
+    sizes = {**layout.plate_sizes, plate: len(index)}
+    small = Layout(
+        layout.blocks, layout.dim, layout.discrete, layout.discrete_sizes, True, sizes, layout.transform
+    )
+    return LogJointOfModel(joint, part, values, small)
+
+
+__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "layout_of", "rows_of"]
