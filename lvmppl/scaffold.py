@@ -93,11 +93,11 @@ _SOURCES = {"model": _MODEL, "guide": _GUIDE}
 def new(kind: Kind, name: str, folder: Path) -> list[Path]:
     """Write a starting point; returns what was written, the experiment to check and run last.
 
-    A model goes to `models/`, a guide to `guides/`, an experiment to `experiments/`, where there is one in the
-    folder, else into the folder itself. Nothing is ever overwritten.
+    A model goes to `models/`, a guide to `guides/`, an experiment to `experiments/`, where there is one in
+    the folder, else into the folder itself. Nothing is ever overwritten.
     """
     if not name.isidentifier() or keyword.iskeyword(name):
-        expected = "a name that is a Python identifier (letters, digits and _, no digit first)"
+        expected = "a name that Python accepts (letters, digits and _, no digit first, no keyword)"
         raise InputError(f"new {kind}", expected, shown(name))
     source = _place(folder, "guides" if kind == "guide" else "models") / f"{name}.py"
     experiment = _place(folder, "experiments") / f"{name}.yaml"
@@ -121,7 +121,7 @@ def _place(folder: Path, name: str) -> Path:
 
 
 def _experiment(kind: Kind, name: str, source: Path, experiment: Path) -> str:
-    """The experiment that uses the new file; one made alone says how to name a model of its own name, if any."""
+    """The experiment that uses the new file; one made alone points at a model file of its own name."""
     use = f"{Path(os.path.relpath(source, experiment.parent)).as_posix()}:{name}"
     text = _EXPERIMENT
     if kind == "experiment" and source.exists():
