@@ -191,3 +191,21 @@ def thin_out(
         said.append(f"{room:,} of {len(places):,} positions")
     note = f"Shown are {' and '.join(said)}, drawn at random with a fixed seed." if said else ""
     return posterior, note
+
+
+def nats(value: float, error: float = float("nan")) -> str:
+    """A quantity in nats as people read it: `−180.1855`, `3.2e−7`, with an error `−181.23 ± 0.14`, `–` where
+    unknown.
+    """
+    if np.isnan(value):
+        return "–"
+    if np.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    if np.isfinite(error) and error > 0:
+        decimals = int(np.clip(1 - np.floor(np.log10(error)), 0, 12))
+        return f"{value:,.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
+    if value != 0 and abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    decimals = int(np.clip(8 - len(str(int(abs(value)))), 0, 4))
+    return f"{value:,.{decimals}f}".replace("-", "−")

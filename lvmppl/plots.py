@@ -1,0 +1,86 @@
+"""The pictures of a run, from its tables: every function takes DataFrames and returns a figure with its
+caption.
+
+Everything drawn is in nats or is a probability. States carry the labels of `align`, so that a colour means
+the same component in every picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lvmppl.agreement_plots import continuous_comparison, responsibility_comparison
+from lvmppl.align import aligned_posterior
+from lvmppl.canvas import PANELS, Picture
+from lvmppl.component_plots import component_scatter
+from lvmppl.gap_plots import gap_curves
+from lvmppl.objective_plots import objective_curves
+
+__all__ = [
+    "Picture",
+    "component_scatter",
+    "continuous_comparison",
+    "draw_all",
+    "gap_curves",
+    "objective_curves",
+    "responsibility_comparison",
+]
+
+
+def draw_all(tables: Mapping[str, pd.DataFrame], data: pd.DataFrame, directory: Path) -> list[Path]:
+    """Draws every picture that applies to these tables into `directory` and returns the paths in reading
+    order.
+
+    `data` has a row per training datum, indexed by datum, and numeric columns; it may be empty. Of more than
+    5000 data a seeded draw is shown, and the captions say so.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    paths: list[Path] = []
+    for name, picture in _pictures(tables, data):
+        path = directory / f"{name}.png"
+        if path in paths:  # two names that differ only in what no file name can hold
+            path = directory / f"{name}_{len(paths)}.png"
+        paths.append(picture.save(path))
+    return paths
+
+
+def _pictures(tables: Mapping[str, pd.DataFrame], data: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
+    posterior, note = aligned_posterior(tables)
+    discrete = posterior[posterior["label"].notna()]
+    if np.isfinite(tables["history"]["objective"]).any():
+        yield "objective", objective_curves(tables["history"], tables["summary"])
+    for site in discrete["site"].unique()[:PANELS]:
+        picture = component_scatter(discrete, data, str(site), note)
+        if picture is not None:
+            yield f"components_{_slug(site)}", picture
+    pairs = _compared(posterior)
+    if len(pairs) > PANELS:
+        note = f"{note} Only {PANELS} of {len(pairs)} pictures of this sort are drawn.".strip()
+    for fit, site in pairs[:PANELS]:
+        name = f"{_slug(fit)}_{_slug(site)}"
+        if site in set(discrete["site"]):
+            yield (
+                f"responsibilities_{name}",
+                responsibility_comparison(discrete, tables["gaps"], fit, site, note),
+            )
+        else:
+            yield f"moments_{name}", continuous_comparison(posterior, tables["gaps"], fit, site, note)
+    if tables["gaps"]["gap"].notna().any():
+        yield "gaps", gap_curves(tables["gaps"])
+
+
+def _compared(posterior: pd.DataFrame) -> list[tuple[str, str]]:
+    """(fit, site) of the variational rows that have exact or MCMC rows of the same θ to be compared with."""
+    keys = posterior[["fit", "site", "kind"]].drop_duplicates()
+    guided = keys["kind"] == "variational"
+    pairs = keys[guided].merge(keys.loc[~guided, ["fit", "site"]].drop_duplicates(), on=["fit", "site"])
+    return [(str(fit), str(site)) for fit, site in zip(pairs["fit"], pairs["site"], strict=True)]
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.") or "unnamed"
