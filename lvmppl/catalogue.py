@@ -74,14 +74,13 @@ def resolve(use: str, where: str, base: Path, kind: Kind) -> Callable[..., Any]:
     Raises InputError when there is no such thing, or its module does not import: with the module's own error.
     """
     table = _TABLES[kind]
-    if ":" not in use:
-        if use not in table:
-            other = next((k for k, t in _TABLES.items() if use in t), None)
-            fix = f"'{use}' is a {other}" if other else nearest(use, table)
-            expected = f"a {kind} of the catalogue ({listed(table)}), package.module:name or file.py:name"
-            raise InputError(where, expected, shown(use), fix)
-        use = table[use][0]
-    origin, _, name = use.rpartition(":")
+    origin, _, name = (table[use][0] if use in table else use).rpartition(":")
+    is_module = all(part.isidentifier() for part in origin.split("."))
+    if not name.isidentifier() or not (origin.endswith(".py") or is_module):
+        other = next((k for k, t in _TABLES.items() if use in t), None)
+        fix = f"'{use}' is a {other}" if other else nearest(use, table)
+        expected = f"a {kind} of the catalogue ({listed(table)}), package.module:name or file.py:name"
+        raise InputError(where, expected, shown(use), fix)
     module = _load_file(base / origin, where) if origin.endswith(".py") else _import(origin, where)
     found = getattr(module, name, None)
     if found is None:
