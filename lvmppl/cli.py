@@ -18,6 +18,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
+    from rich.progress import Progress
 
 app = typer.Typer(
     name="lvmppl",
@@ -161,13 +162,13 @@ def summary_table(summary: pd.DataFrame) -> Any:
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     numbers = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
-    numbers |= {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
+    numbers |= {"test_log_evidence": "test log\nevidence", "test_elbo": "test ELBO"}
     numbers = {column: title for column, title in numbers.items() if summary[column].notna().any()}
     for title in ("fit", "algorithm", "guide"):
         table.add_column(title, overflow="fold")
     table.add_column("status", no_wrap=True)
     for title in ("steps", "seconds", *numbers.values()):
-        table.add_column(title, justify="right", no_wrap=" " not in title)
+        table.add_column(title, justify="right", no_wrap=True)
     for row in summary.to_dict("records"):
         cells = [str(row[column]) for column in ("fit", "algorithm", "guide", "status", "steps")]
         values = [_number(row[column], row, column) for column in numbers]
@@ -243,6 +244,16 @@ class Bars:
         self._progress.update(self._task, completed=step, refresh=True, **fields)
 
 
+def progress_columns(console: Console) -> Progress:
+    """The columns of a bar: fit, bar, step, objective, rate, status."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    words = ["{task.completed}/{task.total}", "{task.fields[objective]}", "{task.fields[rate]}"]
+    columns = [TextColumn(word, justify="right") for word in words]
+    first, last = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[status]}")
+    return Progress(first, BarColumn(bar_width=20), *columns, last, console=console, auto_refresh=False)
+
+
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Bars | None]:
     """Bars on a terminal, else nothing."""
@@ -250,10 +261,6 @@ def _progress(quiet: bool) -> Iterator[Bars | None]:
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
 
-    columns = ("[bold]{task.description}", "{task.completed}/{task.total}", "{task.fields[objective]}")
-    ending = ("{task.fields[rate]}", "{task.fields[status]}")
-    shown = [TextColumn(columns[0]), BarColumn(bar_width=20), *map(TextColumn, (*columns[1:], *ending))]
-    with Progress(*shown, console=Console(stderr=True), auto_refresh=False) as progress:
+    with progress_columns(Console(stderr=True)) as progress:
         yield Bars(progress)

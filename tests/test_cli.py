@@ -1,0 +1,622 @@
+"""The commands, through the program itself: what they print, write, exit with and refuse."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+from typer.testing import CliRunner, Result
+
+from lvmppl import cli
+from lvmppl.catalogue import GUIDES, MODELS, SOURCES
+from lvmppl.spec import shipped_experiments
+
+ROWS = "a,b,label\n" + "".join(f"{i * 0.7 % 3:.3f},{(i * i) % 5 + i / 9:.3f},n{i}\n" for i in range(12))
+EXPERIMENT = """\
+name: small
+data: {source: rows.csv, columns: {x: [a, b]}}
+model: {use: gaussian_mixture, args: {num_components: 2, covariance: diag}}
+fits:
+  em: {algorithm: em, max_steps: 3}
+"""
+VARIATIONAL = EXPERIMENT.replace(
+    "{algorithm: em, max_steps: 3}", "{algorithm: vem, max_steps: 2, guide: {use: categorical}}"
+)
+SOURCE = """\
+import os, signal
+import pyro, torch
+import pyro.distributions as dist
+from torch.distributions import constraints
+
+ENUMERATE = {"enumerate": "parallel"}
+
+def mixture(x, k: int = 2):
+    loc = pyro.param("loc", torch.arange(float(k)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(k) / k), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z].unsqueeze(-1).expand(*z.shape, 2), 1.0).to_event(1), obs=x)
+
+def continuous(x):
+    loc = pyro.param("loc", torch.zeros(2))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.LogNormal(0.0, 1.0).expand([4]).to_event(1))
+        mean = loc + z.sum(-1, keepdim=True)
+        pyro.sample("x", dist.StudentT(3.0, mean, 1.0).to_event(1), obs=x)
+
+def no_plate(x):
+    loc = pyro.param("loc", torch.zeros(2))
+    z = pyro.sample("z", dist.Bernoulli(0.5), infer=ENUMERATE)
+    mean = (loc + z[..., None])[..., None, :].expand(*z.shape, *x.shape)
+    pyro.sample("x", dist.Normal(mean, 1.0).to_event(2), obs=x)
+
+def raises(x):
+    raise RuntimeError("the model's own words")
+
+def wrong_shape(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+def twice(x):
+    mixture(x)
+    mixture(x)
+
+def interrupted(x, at: int = 40):
+    interrupted.calls = getattr(interrupted, "calls", 0) + 1
+    if interrupted.calls == at:
+        os.kill(os.getpid(), signal.SIGINT)
+    mixture(x)
+
+def raises_late(x):
+    raises_late.calls = getattr(raises_late, "calls", 0) + 1
+    if raises_late.calls > 40:
+        raise RuntimeError("too late")
+    with pyro.plate("data", len(x)):
+        probs = pyro.param("q", torch.ones(len(x), 2) / 2, constraint=constraints.simplex, event_dim=1)
+        pyro.sample("z", dist.Categorical(probs), infer=ENUMERATE)
+
+def empty_guide(x):
+    pass
+
+def stranger_guide(x):
+    with pyro.plate("data", len(x)):
+        probs = pyro.param("q", torch.ones(len(x), 2) / 2, constraint=constraints.simplex, event_dim=1)
+        pyro.sample("zz", dist.Categorical(probs), infer=ENUMERATE)
+
+def raising_guide(x):
+    raise RuntimeError("the guide's own words")
+
+class Width(torch.nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        raise ValueError("the class's own words")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder with an experiment, its rows and a file of models."""
+    (tmp_path / "rows.csv").write_text(ROWS)
+    (tmp_path / "small.yaml").write_text(EXPERIMENT)
+    (tmp_path / "own.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def lvmppl(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.app, list(arguments), prog_name="lvmppl")
+
+
+# ------------------------------------------------------------------------------------------ starting
+
+
+def run_python(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_help_starts_in_under_a_second_without_torch() -> None:
+    code = (
+        "import sys\nfrom lvmppl.cli import main\nsys.argv = ['lvmppl', '--help']\n"
+        "try:\n    main()\nfinally:\n"
+        "    print('LOADED', sorted({'torch', 'pandas', 'pyro'} & sys.modules.keys()))"
+    )
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        printed = run_python("-c", code)
+        seconds.append(time.perf_counter() - began)
+        assert printed.endswith("LOADED []\n")
+        assert all(command in printed for command in ("run", "check", "list", "new"))
+    assert min(seconds) < 1.0
+
+
+def test_python_m_is_the_same_program() -> None:
+    assert run_python("-m", "lvmppl", "list") == lvmppl("list").stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--nonsense"], ["fly"], ["run"], ["run", "a", "b"], ["new", "cat", "x"], ["new", "model"]]
+)
+def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
+    result = lvmppl(*arguments)
+    assert result.exit_code == 2
+    assert "Traceback" not in result.output
+
+
+def test_list_has_a_line_for_each_name() -> None:
+    words = [line.split()[:2] for line in lvmppl("list").stdout.splitlines()]
+    expected = (
+        [["model", n] for n in MODELS] + [["guide", n] for n in GUIDES] + [["source", n] for n in SOURCES]
+    )
+    assert words == expected + [["experiment", n] for n in shipped_experiments()]
+
+
+# ------------------------------------------------------------------------------------------ new
+
+
+@pytest.mark.parametrize("folders", [[], ["models", "guides", "experiments"]])
+@pytest.mark.parametrize("kind", ["model", "guide", "experiment"])
+def test_new_file_is_accepted_by_check(
+    kind: str, folders: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in folders:
+        Path(name).mkdir()
+    result = lvmppl("new", kind, "mine")
+    assert result.exit_code == 0, result.output
+    written = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    below = {f"{k}s": f"{k}s/" if folders else "" for k in ("model", "guide", "experiment")}
+    source = [] if kind == "experiment" else [f"{below[f'{kind}s']}mine.py"]
+    experiment = f"{below['experiments']}mine.yaml"
+    assert written == sorted([*source, experiment])
+    assert result.stdout.endswith(f"next: lvmppl check {experiment}\n")
+    checked = lvmppl("check", experiment)
+    assert checked.exit_code == 0, checked.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken"), [("model", "mine.py"), ("guide", "mine.yaml"), ("experiment", "mine.yaml")]
+)
+def test_new_overwrites_nothing_and_writes_nothing_then(
+    kind: str, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(taken).write_text("precious")
+    result = lvmppl("new", kind, "mine")
+    assert result.exit_code == 2
+    assert (
+        result.stderr == f"new {kind}: expected a name that is not taken, got {taken}; choose another name\n"
+    )
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(taken, "precious")]
+
+
+@pytest.mark.parametrize("name", ["a-b", "3d", "", "a/b", "class", "../up"])
+def test_new_refuses_a_name_that_python_does_not_accept(name: str, folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    result = lvmppl("new", "model", name)
+    assert result.exit_code == 2 and "expected a name that Python accepts" in result.stderr
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_new_experiment_points_at_a_model_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("models/mine.py").write_text("")
+    lvmppl("new", "experiment", "mine")
+    assert "use: models/mine.py:mine" in Path("mine.yaml").read_text()
+
+
+# ------------------------------------------------------------------------------------------ run and check
+
+
+def test_run_writes_a_folder_and_prints_a_summary_that_fits(folder: Path) -> None:
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0].split() == [
+        "fit",
+        "algorithm",
+        "guide",
+        "status",
+        "steps",
+        "seconds",
+        "log",
+        "evidence",
+    ]
+    assert re.match(r"em\s+em\s+max_steps\s+3\s+\d+\.\d\s+-\d+\.\d{4}", result.stdout.splitlines()[1])
+    assert result.stdout.splitlines()[-1] == "report: runs/small/report.html"
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    assert result.stderr == ""
+    assert (folder / "runs" / "small" / "summary.csv").is_file()
+
+
+def test_override_reaches_the_run_and_its_folder(folder: Path) -> None:
+    result = lvmppl(
+        "run", "small.yaml", "--set", "fits.em.max_steps=2", "--set", "seed=5", "--out", "there", "--quiet"
+    )
+    assert result.exit_code == 0, result.output
+    summary = pd.read_csv(folder / "there" / "summary.csv")
+    assert list(summary["steps"]) == [2]
+    assert "seed: 5" in (folder / "there" / "experiment.yaml").read_text()
+
+
+def test_resolved_experiment_runs_again_to_the_same_summary(folder: Path) -> None:
+    assert lvmppl("run", "small.yaml", "--out", "first").exit_code == 0
+    (folder / "again.yaml").write_text((folder / "first" / "experiment.yaml").read_text())
+    assert lvmppl("run", "again.yaml", "--out", "second").exit_code == 0
+    first, second = (
+        pd.read_csv(folder / out / "summary.csv").drop(columns="seconds") for out in ("first", "second")
+    )
+    pd.testing.assert_frame_equal(first, second)
+
+
+def test_check_prints_what_it_found_and_writes_nothing(folder: Path) -> None:
+    before = sorted(folder.rglob("*"))
+    result = lvmppl("check", "small.yaml")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"ok\s+data\s+rows.csv: x \[12, 2\]", result.stdout)
+    assert re.search(r"ok\s+fit em\s+em: one step done", result.stdout)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
+    guide = "{use: 'own.py:raises_late'}"
+    fits = f"  broken: {{algorithm: vem, guide: {guide}, max_steps: 400}}\n"
+    (folder / "small.yaml").write_text(EXPERIMENT + fits)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 1, result.output
+    summary = pd.read_csv(folder / "runs" / "small" / "summary.csv").set_index("fit")
+    assert dict(summary["status"]) == {"em": "max_steps", "broken": "failed"}
+    assert "too late" in summary.loc["broken", "message"] and "too late" in result.stdout
+
+
+def test_interrupt_keeps_the_fits_that_had_finished_and_exits_with_130(folder: Path) -> None:
+    text = EXPERIMENT.replace("gaussian_mixture", "own.py:interrupted").replace(
+        "num_components: 2, covariance: diag", ""
+    )
+    fits = "  second: {algorithm: vem, guide: {use: categorical}, max_steps: 400}\n"
+    (folder / "small.yaml").write_text(text + fits)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 130, result.output
+    assert re.fullmatch(
+        r"interrupted during fit 'second': the results of em are in runs/small\n", result.stderr
+    )
+    summary = pd.read_csv(folder / "runs" / "small" / "summary.csv")
+    assert list(summary["fit"]) == ["em"]
+
+
+# ------------------------------------------------------------------------------------------ wrong input
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """An input with one thing wrong: what replaces what in which text, and the message it must give."""
+
+    message: str
+    replace: tuple[str, str] = ("", "")
+    base: str = EXPERIMENT
+    files: dict[str, str] = field(default_factory=dict)
+    arguments: tuple[str, ...] = ()
+
+
+def own(function: str, args: str = "", base: str = EXPERIMENT) -> str:
+    """The experiment with a model of own.py."""
+    given = "gaussian_mixture, args: {num_components: 2, covariance: diag}"
+    assert given in base
+    return base.replace(given, f"'own.py:{function}', args: {{{args}}}")
+
+
+def guided(guide: str, base: str = VARIATIONAL) -> str:
+    """The variational experiment with another guide."""
+    assert "{use: categorical}" in base
+    return base.replace("{use: categorical}", f"{{use: '{guide}'}}")
+
+
+WRONG: dict[str, Wrong] = {
+    # the file
+    "not YAML": Wrong("small.yaml:4: expected YAML, .*", ("args: {", "args: {{")),
+    "empty file": Wrong("small.yaml: expected a mapping .*, got nothing", base=""),
+    "key twice": Wrong("small.yaml:2: name: expected each key once, .*", ("name: small", "name: a\nname: b")),
+    "unknown section": Wrong("small.yaml:1: nmae: .*; did you mean 'name'.*", ("name:", "nmae:")),
+    "unknown option": Wrong(
+        ".*: fits.em.max_step: .*; did you mean 'max_steps'.*", ("max_steps", "max_step")
+    ),
+    "text for a number": Wrong(
+        ".*: fits.em.max_steps: expected a whole number, got 'few'", ("max_steps: 3", "max_steps: few")
+    ),
+    "no steps": Wrong(
+        ".*: fits.em.max_steps: expected a number above 0, got 0", ("max_steps: 3", "max_steps: 0")
+    ),
+    "unknown dtype": Wrong(".*: dtype: expected float32 or float64, .*", ("name: small", "dtype: half")),
+    "unknown algorithm": Wrong(
+        ".*: fits.em.algorithm: .*, got 'emm'; did you mean 'em'.*", ("algorithm: em", "algorithm: emm")
+    ),
+    "em with a guide": Wrong(
+        ".*guide is an option of vem, svi only", ("max_steps: 3", "guide: {use: categorical}")
+    ),
+    "vem without a guide": Wrong(
+        ".*: fits.em.guide: expected a guide, .*", ("algorithm: em", "algorithm: vem")
+    ),
+    "starts from nothing": Wrong(
+        ".*: fits.em.start_from: expected another fit .*", ("max_steps: 3", "start_from: fit")
+    ),
+    "no such experiment": Wrong("nope.yaml: expected an experiment file, .*", arguments=("nope.yaml",)),
+    "misspelt experiment": Wrong(
+        "iris_mixtures: .*; did you mean 'iris_mixture'.*", arguments=("iris_mixtures",)
+    ),
+    "a folder": Wrong(".: expected an experiment file, .*, got a folder", arguments=(".",)),
+    "wrong override": Wrong(
+        "--set fits.em.max_steps=x: .*", arguments=("small.yaml", "--set", "fits.em.max_steps=x")
+    ),
+    "override through text": Wrong(
+        "--set name.x=1: expected a mapping at name, .*", arguments=("small.yaml", "--set", "name.x=1")
+    ),
+    # the model and the guide by name
+    "unknown model": Wrong(
+        "model.use: .*; did you mean 'gaussian_mixture'.*", ("gaussian_mixture", "gauss_mixture")
+    ),
+    "guide as a model": Wrong("model.use: .*'categorical' is a guide", ("gaussian_mixture", "categorical")),
+    "unknown guide": Wrong("fits.em.guide.use: .*; did you mean 'categorical'.*", base=guided("categorial")),
+    "no model file": Wrong(
+        "model.use: expected a Python file, got .*nope.py .*", base=own("f").replace("own.py", "nope.py")
+    ),
+    "no such function": Wrong(
+        "model.use: .* in own.py, got 'mixtur'; did you mean 'mixture'.*", base=own("mixtur")
+    ),
+    "file that does not import": Wrong(
+        r"model.use: expected bad.py to import .*ModuleNotFoundError: .*bad.py:2\).*",
+        base=own("f").replace("own.py", "bad.py"),
+        files={"bad.py": "\nimport nowhere_at_all\n"},
+    ),
+    "file with a syntax error": Wrong(
+        r"model.use: .*SyntaxError: .*bad.py:1\).*",
+        base=own("f").replace("own.py", "bad.py"),
+        files={"bad.py": "def f(:\n"},
+    ),
+    "no such package": Wrong(
+        "model.use: .*no module named nowhere; .*", ("gaussian_mixture", "'nowhere.models:f'")
+    ),
+    "unknown argument": Wrong(
+        "model.args.covarance: .*; did you mean 'covariance'.*", ("covariance", "covarance")
+    ),
+    "missing argument": Wrong(
+        "model.args.num_components: expected a value, got nothing; .*", ("num_components: 2, ", "")
+    ),
+    "argument of a wrong type": Wrong(
+        "model.args.num_components: expected a whole number, got 'two'",
+        ("num_components: 2", "num_components: two"),
+    ),
+    "argument beyond its choices": Wrong(
+        "model.args.covariance: .*did you mean 'diag'.*", ("diag", "diagonal")
+    ),
+    "unknown guide argument": Wrong(
+        "fits.em.guide.args.hiden: expected one of hidden, .*",
+        base=VARIATIONAL.replace("use: categorical", "use: categorical_encoder, args: {hiden: [3]}"),
+    ),
+    # the data
+    "unknown source": Wrong("data.source: .*, got 'irsi'; did you mean 'iris'.*", ("rows.csv", "irsi")),
+    "no data file": Wrong("data.source: .*got row.csv, .*did you mean 'rows.csv'.*", ("rows.csv", "row.csv")),
+    "unknown kind of file": Wrong(
+        "data.source: .*, got 'rows.xls'", ("rows.csv", "rows.xls"), files={"rows.xls": "a"}
+    ),
+    "missing column": Wrong(
+        "data.columns.x: expected a column of rows.csv .*, got 'c'", ("[a, b]", "[a, c]")
+    ),
+    "no columns": Wrong(
+        "data.columns: expected the columns of each tensor, .*", (", columns: {x: [a, b]}", "")
+    ),
+    "text column": Wrong("data.columns.x: expected numbers in column 'label' .*", ("[a, b]", "[a, label]")),
+    "no rows": Wrong("data.source: expected at least one row .*", files={"rows.csv": "a,b\n"}),
+    "empty data file": Wrong(
+        "data.source: expected at least one row .*, got an empty file", files={"rows.csv": ""}
+    ),
+    "NaN": Wrong(
+        "data.columns.x: .* column 'a' .* missing value in data row 13.*",
+        files={"rows.csv": ROWS + "nan,3,n\n"},
+    ),
+    "gap": Wrong(
+        "data.columns.x: .* column 'b' .* missing value in data row 13.*", files={"rows.csv": ROWS + "3,,n\n"}
+    ),
+    "infinity": Wrong(
+        "data.columns.x: expected finite .*inf in data row 13.*", files={"rows.csv": ROWS + "inf,3,n\n"}
+    ),
+    "no sequence column": Wrong(
+        "data.sequence: expected a column of rows.csv .*", ("rows.csv", "rows.csv, sequence: s")
+    ),
+    "argument for a file": Wrong(
+        "data.args.k: expected no arguments for a file.*", ("rows.csv", "rows.csv, args: {k: 1}")
+    ),
+    "all rows held out": Wrong("data.test_fraction: .*", ("rows.csv", "rows.csv, test_fraction: 0.99")),
+    # model, guide and data together
+    "more components than rows": Wrong(
+        "fits.em: .*mixture.py:.*num_components must lie between 1 and .*12, got 13.*",
+        ("components: 2", "components: 13"),
+    ),
+    "no components": Wrong(
+        "fits.em: .*num_components must lie .*, got 0.*", ("components: 2", "components: 0")
+    ),
+    "tensor the model lacks": Wrong(
+        "fits.em: .*unexpected keyword argument 'y'.*", ("{x: [a, b]}", "{x: [a, b], y: a}")
+    ),
+    "tensor the data lack": Wrong(
+        "model.args.x: expected a value, got nothing; .*", ("{x: [a, b]}", "{y: [a, b]}")
+    ),
+    "model that raises": Wrong(
+        "fits.em: .*own.py:.*RuntimeError: the model's own words.*", base=own("raises")
+    ),
+    "class that raises": Wrong(
+        "model 'own.py:Width': .*the class's own words", base=own("Width", "width: 3")
+    ),
+    "site twice": Wrong("fits.em: .*own.py:.*Multiple sample sites named .*", base=own("twice")),
+    "continuous site under em": Wrong("fits.em: .*expected only enumerated .*", base=own("continuous")),
+    "guide without a site": Wrong(
+        "fits.em: .*site 'z': .*", base=guided("own.py:empty_guide", own("continuous", base=VARIATIONAL))
+    ),
+    "guide with a strange site": Wrong("fits.em: guide site 'zz': .*", base=guided("own.py:stranger_guide")),
+    "guide that raises": Wrong(
+        "fits.em: .*own.py:.*the guide's own words.*", base=guided("own.py:raising_guide")
+    ),
+    "autoguide of a discrete model": Wrong(
+        "fits.em: guide AutoNormal: .*continuous.*", base=guided("auto_normal")
+    ),
+    "frozen parameter the model lacks": Wrong(
+        "fits.em: freeze: .*weights, .*got wieghts", ("max_steps: 3", "freeze: [wieghts]")
+    ),
+    "no such plate": Wrong("fits.em: data_plate: .*got rows", ("model: {", "model: {data_plate: rows, ")),
+    "batches without a plate": Wrong(
+        "fits.em.batch_size: expected a model with a data plate, .*",
+        base=own("no_plate", base=VARIATIONAL.replace("max_steps: 2", "batch_size: 5")),
+    ),
+    "test rows without a plate": Wrong(
+        "data.test_fraction: expected a model with a data plate, .*",
+        base=own("no_plate").replace("rows.csv", "rows.csv, test_fraction: 0.25"),
+    ),
+    # the output
+    "folder of other files": Wrong(
+        "output folder runs/small: .*folder with other files.*", files={"runs/small/precious": "x"}
+    ),
+    "file as a folder": Wrong(
+        "output folder rows.csv: .*got a file.*", arguments=("small.yaml", "--out", "rows.csv")
+    ),
+    "folder below a file": Wrong(
+        "output folder rows.csv/x: .*", arguments=("small.yaml", "--out", "rows.csv/x")
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_exits_with_2_and_one_message_and_writes_nothing(case: str, folder: Path) -> None:
+    wrong = WRONG[case]
+    assert wrong.replace[0] in wrong.base
+    (folder / "small.yaml").write_text(wrong.base.replace(*wrong.replace, 1))
+    for name, text in wrong.files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    result = lvmppl("run", *(wrong.arguments or ("small.yaml",)))
+    assert result.exit_code == 2, result.output
+    assert re.fullmatch(wrong.message + "\n", result.stderr), result.stderr
+    assert all(re.search(": expected .+, got .+", line) for line in result.stderr.splitlines())
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    "case", ["unknown option", "unknown model", "missing column", "model that raises", "NaN"]
+)
+def test_check_refuses_wrong_input_as_run_does(case: str, folder: Path) -> None:
+    wrong = WRONG[case]
+    (folder / "small.yaml").write_text(wrong.base.replace(*wrong.replace, 1))
+    for name, text in wrong.files.items():
+        (folder / name).write_text(text)
+    run, check = (lvmppl(command, "small.yaml") for command in ("run", "check"))
+    assert (check.exit_code, check.stderr) == (2, run.stderr)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_folder_that_cannot_be_written_is_refused(folder: Path) -> None:
+    (folder / "locked").mkdir(mode=0o500)
+    result = lvmppl("run", "small.yaml", "--out", "locked/out")
+    assert result.exit_code == 2 and "expected a folder that can be written" in result.stderr
+
+
+def test_folder_that_cannot_be_written_is_refused_whoever_runs_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 2
+    assert re.fullmatch(
+        "output folder runs/small: expected a folder that can be written, got .*\n", result.stderr
+    )
+
+
+# ------------------------------------------------------------------------------------------ what is shown
+
+
+def test_summary_table_fits_100_columns_and_leaves_out_empty_ones() -> None:
+    row = {
+        "fit": "a_fit_with_a_rather_long_name",
+        "algorithm": "enumeration",
+        "guide": "auto_low_rank_multivariate_normal",
+        "status": "max_steps",
+        "steps": 20000,
+        "seconds": 1234.5,
+        "log_evidence": -1234567.12345,
+        "log_evidence_kind": "lower_bound",
+        "elbo": -1234568.12345,
+        "gap": 1.0,
+        "test_log_evidence": float("nan"),
+        "test_elbo": float("nan"),
+    }
+    lines = printed(pd.DataFrame([row]))
+    assert max(map(len, lines)) <= 100
+    assert "≥ -1234567.1235" in "\n".join(lines) and "test" not in lines[0]
+    tested = printed(pd.DataFrame([{**row, "test_log_evidence": -5.0, "test_elbo": -6.0}]))
+    assert max(map(len, tested)) <= 100 and "-5.0000" in "\n".join(tested)
+
+
+def printed(summary: pd.DataFrame) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=cli.WIDTH, highlight=False).print(cli.summary_table(summary))
+    return stream.getvalue().splitlines()
+
+
+def bars(stream: io.StringIO) -> tuple[Progress, cli.Bars]:
+    console = Console(file=stream, force_terminal=True, width=100, _environ={})
+    progress = cli.progress_columns(console)
+    return progress, cli.Bars(progress)
+
+
+def test_bars_show_fit_step_objective_rate_and_status() -> None:
+    stream = io.StringIO()
+    progress, shown = bars(stream)
+    with progress:
+        shown.start("em", 0, 500)
+        shown.update(1, -200.5)
+        shown.update(7, -180.1855)
+        shown.finish("converged")
+        shown.finish("failed")  # of a fit that never began: says nothing
+        shown.start("em", 2, 500)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "1/500" in text and "-200.5000" in text
+    assert re.search(r"em .*7/500.*-180\.1855.* \d+/s.*converged", text)
+    assert "failed" not in text
+    assert len(progress.tasks) == 1 and progress.tasks[0].description == "em (restart 2)"
+
+
+def test_bars_are_drawn_at_most_ten_times_a_second() -> None:
+    stream = io.StringIO()
+    progress, shown = bars(stream)
+    with progress:
+        shown.start("svi", 0, 100_000)
+        began = time.perf_counter()
+        for step in range(100_000):
+            shown.update(step, -1.0)
+        seconds = time.perf_counter() - began
+        drawn = stream.getvalue().count("/100000")
+    assert 1 <= drawn <= seconds * 10 + 3  # the first step, and the frames of beginning and ending
+    assert seconds / 100_000 < 20e-6  # it is a fraction of a microsecond; the machine may be busy
+
+
+def test_no_bars_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    with cli._progress(quiet=False) as shown:
+        assert shown is None
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with cli._progress(quiet=True) as shown:
+        assert shown is None
+    with cli._progress(quiet=False) as shown:
+        assert isinstance(shown, cli.Bars)
