@@ -182,7 +182,10 @@ def label_points(axes: Axes, points: Reals, names: Sequence[str], crowd: Reals) 
     """
     corner = np.array([axes.get_xlim()[0], axes.get_ylim()[0]])
     scale = np.array([axes.get_xlim()[1], axes.get_ylim()[1]]) - corner
-    spots, others = (points - corner) / scale, (crowd - corner) / scale
+    spots = (points - corner) / scale
+    others = np.unique(
+        np.round((crowd - corner) / scale, 2), axis=0
+    )  # what counts is the area that is covered
     places = [r * np.array([np.cos(a), np.sin(a)]) for r in RADII for a in ANGLES]
     boxes: list[tuple[Reals, Reals]] = []  # centre, half of the size
     for point, name in zip(spots, names, strict=True):
@@ -216,6 +219,7 @@ def _place_cost(
     forbidden |= any(bool((np.abs(hair - c) < h).all(1).any()) for c, h in boxes)
     rings = int((np.abs(spots - centre) < half + 0.022).all(1).sum())
     covered = int((np.abs(crowd - centre) < half + 0.008).all(1).sum())
-    crossed = int((np.abs(crowd[:, None] - hair[None, 1:-1]).max(-1) < 0.01).any(1).sum())
+    (x, y), (hair_x, hair_y) = crowd.T, hair[2:-2, :, None].transpose(1, 0, 2)
+    crossed = int(((np.abs(x - hair_x) < 0.011) & (np.abs(y - hair_y) < 0.011)).any(0).sum())
     away = float(np.hypot(*(centre - point)))
     return 1e6 * forbidden + 1e3 * rings + 10.0 * min(covered, 90) + 3.0 * min(crossed, 30) + 30.0 * away

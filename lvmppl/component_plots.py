@@ -118,8 +118,11 @@ def choose_plane(data: pd.DataFrame, weights: Reals) -> Plane:
     if x.shape[1] > PRINCIPAL:
         left, singular, _ = np.linalg.svd(centred, full_matrices=False)
         share = 100 * singular**2 / (singular**2).sum()
-        first, second = (f"principal component {i + 1} ({share[i]:.0f} % of the variance)" for i in (0, 1))
-        reason = f"Drawn are the first two principal components of the {x.shape[1]} standardised columns."
+        first, second = (f"principal component {i + 1} ({share[i]:.0f} %)" for i in (0, 1))
+        reason = (
+            f"Drawn are the first two principal components of the {x.shape[1]} standardised columns, with "
+        )
+        reason += "their share of the variance."
         return Plane(left[:, :2] * singular[:2], (first, second), reason)
     sizes = weights.sum(0)
     means = weights.T @ centred / np.maximum(sizes, 1e-300)[:, None]  # [K, D]

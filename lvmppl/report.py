@@ -1,0 +1,257 @@
+"""report.html: one self-contained page that a stranger can read, made from the tables and pictures on disk.
+
+Nothing is fetched when the page is opened: pictures are data URIs, the style is inline, and there are no
+scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from lvmppl.align import KINDS, aligned_posterior, discrete_sites, reference_fit, responsibilities
+from lvmppl.tables import nats, worst_data
+
+WORST = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a table shows in one place: the text, and the kind of number in small letters."""
+
+    text: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture of the page; `uri` holds the PNG itself, `width` is in CSS pixels."""
+
+    title: str
+    caption: str
+    uri: str
+    width: int
+
+
+def write_report(
+    directory: Path,
+    tables: Mapping[str, pd.DataFrame],
+    plots: Sequence[Path],
+    environment: Mapping[str, Any],
+    experiment_text: str,
+) -> Path:
+    """Writes `report.html` into `directory` and returns its path.
+
+    `tables` are the five of a run, `plots` PNGs whose metadata hold title and caption (those of
+    `plots.draw_all` do), `environment` what the run recorded of its machine and packages, `experiment_text`
+    the resolved YAML.
+    """
+    summary, gaps = tables["summary"], tables["gaps"]
+    page = _template().render(
+        title=_entry(experiment_text, "name") or directory.resolve().name,
+        description=describe(experiment_text, tables),
+        findings=findings(summary, gaps),
+        header=summary_header(summary),
+        rows=[summary_row(row, summary) for _, row in summary.iterrows()],
+        messages=[
+            (row["fit"], row["status"], row["message"]) for _, row in summary.iterrows() if row["message"]
+        ],
+        figures=[_figure(path) for path in plots],
+        worst=worst_tables(tables),
+        experiment=experiment_text.strip(),
+        environment=[(str(key), _plain(value)) for key, value in environment.items()],
+    )
+    path = directory / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _template() -> Any:
+    pages = Environment(
+        loader=PackageLoader("lvmppl", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return pages.get_template("report.html")
+
+
+# ------------------------------------------------------------------------------------------- what was run
+
+
+def _entry(text: str, key: str, inner: str = "") -> str:
+    """The value of a top-level key of the YAML text, or of a key inside it; empty where there is none.
+
+    Enough for a title and a sentence: to read a YAML in earnest is not a page's business.
+    """
+    section = re.search(rf"^{key}:[ \t]*(.*(?:\n(?:[ \t].*)?)*)", text, re.MULTILINE)
+    if section is None:
+        return ""
+    pattern = rf"(?:^|[\s{{,]){inner}:[ \t]*" if inner else "^"
+    value = re.search(pattern + r"""("[^"\n]*"|'[^'\n]*'|[^\s,}#]+)""", section[1])
+    return value[1].strip("\"'") if value else ""
+
+
+def describe(experiment_text: str, tables: Mapping[str, pd.DataFrame]) -> str:
+    """One sentence: the number of fits, the model, the data, seed and dtype, as far as they are known."""
+    model, source = _entry(experiment_text, "model", "use"), _entry(experiment_text, "data", "source")
+    count = tables["posterior"]["datum"].nunique() or tables["gaps"]["datum"].nunique()
+    fits = len(tables["summary"])
+    said = f"{fits} fit{'s' if fits != 1 else ''} of {f'the model {model}' if model else 'one model'}"
+    said += f" to the data {source}" if source else ""
+    said += f" ({count:,} rows)" if count else ""
+    settings = {key: _entry(experiment_text, key) for key in ("seed", "dtype")}
+    return "; ".join([said, *(f"{key} {value}" for key, value in settings.items() if value)]) + "."
+
+
+def findings(summary: pd.DataFrame, gaps: pd.DataFrame) -> list[str]:
+    """The results in words: the best fit, how close each guide comes, and what did not finish."""
+    said = []
+    best = reference_fit(summary)
+    rows = summary[summary["fit"] == best]
+    if len(rows) and math.isfinite(rows["log_evidence"].iloc[0]):
+        kind = _kind(rows["log_evidence_kind"].iloc[0])
+        value = nats(rows["log_evidence"].iloc[0], rows["log_evidence_error"].iloc[0])
+        said.append(f"The highest log evidence, {value} nats ({kind}), is that of the fit ‘{best}’.")
+    for _, row in summary[summary["gap"].notna()].iterrows():
+        fit, worst = row["fit"], worst_data(gaps, row["fit"], 1)
+        text = f"The ELBO of ‘{fit}’ is {nats(row['gap'])} nats below the log evidence at the same parameters"
+        if len(worst) and row["gap"] > 0 and worst["gap"].iloc[0] > 1e-9:
+            gap, datum = worst["gap"].iloc[0], worst["datum"].iloc[0]
+            text += (
+                f"; {nats(gap)} of them ({100 * gap / row['gap']:.0f} %) belong to the worst datum, {datum}"
+            )
+        said.append(text + ".")
+    for status, words in STATUS_WORDS.items():
+        fits = summary.loc[summary["status"] == status, "fit"].tolist()
+        if fits:
+            said.append(f"{words}: {', '.join(fits)}.")
+    return said
+
+
+STATUS_WORDS = {
+    "max_steps": "Stopped at the allowed number of steps, before any criterion of convergence was met",
+    "diverged": "Diverged",
+    "failed": "Failed",
+}
+
+EVIDENCE_KINDS = {
+    "exact": "exact",
+    "quadrature": "quadrature",
+    "lower_bound": "lower bound",
+    "estimate": "estimate",
+    "none": "",
+}
+
+
+def _kind(kind: str) -> str:
+    return EVIDENCE_KINDS.get(kind, kind.replace("_", " "))
+
+
+# ------------------------------------------------------------------------------------------ summary table
+
+TEST_COLUMNS = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
+
+
+def summary_header(summary: pd.DataFrame) -> list[str]:
+    """The columns of the summary on the page; those of the test rows only where there are some."""
+    shown = [name for column, name in TEST_COLUMNS.items() if summary[column].notna().any()]
+    return ["fit", "algorithm", "guide", "status", "steps", "time", "log evidence", "ELBO", "gap", *shown]
+
+
+def summary_row(row: pd.Series, summary: pd.DataFrame) -> list[Cell]:
+    """One fit: numbers rounded for reading, and of each bound or estimate that it is one."""
+    bounded = "bound, estimated" if row["elbo_error"] > 0 else "lower bound"
+    gap_kind = "estimate" if row["elbo_error"] > 0 else _kind(row["log_evidence_kind"])
+    cells = [
+        Cell(row["fit"]),
+        Cell(row["algorithm"]),
+        Cell(row["guide"] or "–"),
+        Cell(row["status"].replace("_", " ")),
+        Cell("–" if pd.isna(row["steps"]) else f"{row['steps']:,}"),
+        Cell(_seconds(row["seconds"])),
+        _number(row["log_evidence"], _kind(row["log_evidence_kind"]), row["log_evidence_error"]),
+        _number(row["elbo"], bounded, row["elbo_error"]),
+        _number(row["gap"], gap_kind, row["elbo_error"]),
+    ]
+    return cells + [_number(row[column]) for column in TEST_COLUMNS if summary[column].notna().any()]
+
+
+def _number(value: float, note: str = "", error: float = math.nan) -> Cell:
+    return Cell(nats(value, error), "" if math.isnan(value) else note)
+
+
+def _seconds(value: float) -> str:
+    if math.isnan(value):
+        return "–"
+    if value < 1:
+        return f"{1000 * value:.0f} ms"
+    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
+
+
+# ----------------------------------------------------------------------------------- pictures, worst data
+
+
+def _figure(path: Path) -> Figure:
+    with Image.open(path) as image:
+        title, caption = image.info.get("Title", path.stem), image.info.get("Description", "")
+        width = (
+            image.width * 100 // round(image.info.get("dpi", (100, 100))[0])
+        )  # letters the size of the page's
+    uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return Figure(str(title), str(caption), uri, width)
+
+
+def worst_tables(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Per fit with gaps (fit, header, rows): its five worst data, and how each posterior classes them."""
+    gaps = tables["gaps"]
+    fits = [str(fit) for fit in gaps["fit"].unique()]
+    sites = discrete_sites(aligned_posterior(tables)[0]) if fits else {}
+    result = []
+    for fit in fits:
+        worst = worst_data(gaps, fit, WORST)
+        total = gaps.loc[gaps["fit"] == fit, "gap"].sum()
+        classed = _classed(sites, fit)
+        header = ["datum", "log evidence", "ELBO", "gap", "share of the total gap", *classed]
+        rows = []
+        for _, row in worst.iterrows():
+            share = f"{100 * row['gap'] / total:.0f} %" if total > 0 else "–"
+            cells = [str(row["datum"]), *(nats(row[c]) for c in ("log_evidence", "elbo", "gap")), share]
+            rows.append(cells + [said.get(int(row["datum"]), "–") for said in classed.values()])
+        if rows:
+            result.append((fit, header, rows))
+    return result
+
+
+def _classed(sites: Mapping[tuple[str, str, str], pd.DataFrame], fit: str) -> dict[str, dict[int, str]]:
+    """Per kind and site of a fit with one state a datum: datum → the most probable component and its
+    probability.
+    """
+    result: dict[str, dict[int, str]] = {}
+    mine = [key for key in sites if key[0] == fit and (sites[key]["position"] == "").all()]
+    mine = [key for key in mine if sites[key]["datum"].notna().all()]
+    several = len({site for _, _, site in mine}) > 1
+    for _, kind, site in sorted(mine, key=lambda key: (key[2], KINDS.index(key[1]))):
+        table = responsibilities(sites[fit, kind, site], "label").droplevel("position").dropna(how="all")
+        said = zip(table.index, table.idxmax(axis=1), table.max(axis=1), strict=True)
+        name = f"{kind}{f' {site}' if several else ''}: component"
+        result[name] = {int(datum): f"{label} ({100 * p:.1f} %)" for datum, label, p in said}
+    return result
+
+
+def _plain(value: Any) -> str:
+    """A value of the YAML or the environment as text."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
