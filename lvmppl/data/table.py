@@ -173,6 +173,8 @@ def _not_numbers(array: Array, where: str, what: str) -> InputError:
 
 def _refuse_not_finite(array: Array, where: str, what: str, names: tuple[str, ...], limit: float) -> None:
     """Raises InputError at the first entry that is NaN, infinite, or larger than the limit."""
+    # A narrower type must not be compared with what it cannot hold itself.
+    limit = min(limit, float(np.finfo(array.dtype).max))
     step = max(1, _CHUNK // max(1, array[:1].size))
     for start in range(0, len(array), step):
         piece = array[start : start + step]
@@ -188,7 +190,9 @@ def _refuse_not_finite(array: Array, where: str, what: str, names: tuple[str, ..
             raise _missing(where, what, start + row)
         got, fix = f"{value} in data row {start + row + 1}", "replace it or remove the row"
         if np.isfinite(value):
-            raise InputError(
-                where, f"numbers that float32 holds in {what}", got, "rescale it or set dtype: float64"
+            expected, fix = (
+                f"numbers up to ±{limit:.2g} (float32) in {what}",
+                "rescale it or set dtype: float64",
             )
+            raise InputError(where, expected, got, fix)
         raise InputError(where, f"finite numbers in {what}", got, fix)
