@@ -5,6 +5,7 @@ responsibilities as the variational ones, each fit with its own numbering of the
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import numpy as np
 import pandas as pd
@@ -114,6 +115,7 @@ def summary_row(fit: str, log_evidence: float, elbo: float, steps: int) -> dict[
     }
 
 
+@cache
 def iris_tables() -> dict[str, pd.DataFrame]:
     x = iris_data().to_numpy()
     rng = np.random.default_rng(3)

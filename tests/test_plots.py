@@ -301,6 +301,7 @@ def test_gap_curve_equals_empirical_distribution(frames: Frames) -> None:
     picture = plots.gap_curves(frames["gaps"])
     curve = picture.axes[0].lines[0]
     gap = frames["gaps"].loc[frames["gaps"]["fit"] == "local", "gap"].to_numpy()
+    assert curve.get_drawstyle() == "steps-post"  # the share jumps at a datum's gap, not before
     x, y = np.asarray(curve.get_xdata()), np.asarray(curve.get_ydata())
     for level in (1e-8, 1e-5, 5e-5):
         assert y[x <= level].max() == pytest.approx((gap <= level).mean(), abs=1e-12)
@@ -353,7 +354,6 @@ def test_moments_equal_posterior_rows() -> None:
 
 
 def test_all_pictures_are_drawn_the_same_twice(frames: Frames, tmp_path: Path) -> None:
-    before = dict(matplotlib.rcParams)
     first = plots.draw_all(frames, iris_data(), tmp_path / "a")
     second = plots.draw_all(frames, iris_data(), tmp_path / "b")
     assert [path.name for path in first] == [
@@ -364,7 +364,9 @@ def test_all_pictures_are_drawn_the_same_twice(frames: Frames, tmp_path: Path) -
         "gaps.png",
     ]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(first, second, strict=True))
-    assert dict(matplotlib.rcParams) == before
+    assert {key: matplotlib.rcParams[key] for key in canvas.STYLE} == {
+        key: matplotlib.rcParamsOrig[key] for key in canvas.STYLE
+    }
     with Image.open(first[2]) as image:
         assert image.info["Title"] == "Exact against variational responsibilities: fit 'local'"
         assert "ring" in image.info["Description"] and image.width == 1500
