@@ -39,7 +39,9 @@ def read_file(source: str, base: Path) -> Table:
 
 
 def _similar(path: Path) -> str:
-    neighbours = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    neighbours = (
+        [entry.name for entry in path.parent.iterdir() if entry.is_file()] if path.parent.is_dir() else []
+    )
     alike = difflib.get_close_matches(path.name, neighbours, n=1)
     return f"did you mean '{alike[0]}'?" if alike else "check the path"
 

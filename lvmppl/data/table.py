@@ -154,21 +154,32 @@ def _not_numbers(array: Array, where: str, what: str) -> InputError:
     if array.dtype.names:
         fix = "save its fields as plain arrays of one .npz"
         return InputError(where, expected, f"records ({shortened(array.dtype.names)})", fix)
-    for row, value in enumerate(array.ravel() if array.ndim == 1 else ()):
-        if pd.api.types.is_scalar(value) and pd.isna(value):
-            continue
-        if isinstance(value, str):
-            return InputError(where, expected, f"text ({value[:40]!r} in data row {row + 1})", drop)
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 2**63:
-            return InputError(where, f"integers below 2⁶³ in {what}", f"{value} in data row {row + 1}", drop)
-        if not isinstance(value, bool | int | float | np.number | np.bool_):
-            return InputError(
-                where, expected, f"{type(value).__name__} ({value} in data row {row + 1})", drop
-            )
-    gaps = np.flatnonzero(np.asarray(pd.isna(array))) if array.ndim == 1 else np.empty(0)
-    if gaps.size:
-        return _missing(where, what, int(gaps[0]))
-    return InputError(where, expected, f"{array.dtype}", drop)
+    entries = array if array.ndim == 1 else array[:0]
+    missing = np.asarray(pd.isna(entries), bool)
+    strange = [row for row in np.flatnonzero(~missing).tolist() if not _is_number(entries[row])]
+    if not strange:
+        gaps = np.flatnonzero(missing).tolist()
+        return _missing(where, what, gaps[0]) if gaps else InputError(where, expected, f"{array.dtype}", drop)
+    # One word turns a whole column of a text file into text: it is the word that the user looks for.
+    row = next((row for row in strange if not _spells_number(entries[row])), strange[0])
+    value = entries[row]
+    if isinstance(value, int):
+        return InputError(where, f"integers below 2⁶³ in {what}", f"{value} in data row {row + 1}", drop)
+    kind, shown = ("text", repr(str(value)[:40])) if isinstance(value, str) else (type(value).__name__, value)
+    return InputError(where, expected, f"{kind} ({shown} in data row {row + 1})", drop)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, float | np.integer | np.floating | np.bool_)
+
+
+def _spells_number(value: object) -> bool:
+    try:
+        return isinstance(value, str) and np.isfinite(float(value)).item()
+    except ValueError:
+        return False
 
 
 def _refuse_not_finite(array: Array, where: str, what: str, names: tuple[str, ...], limit: float) -> None:
