@@ -13,6 +13,7 @@ Shapes: N rows of data, B rows of a batch; enumerated axes stand left of plate a
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -30,11 +31,22 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
+from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError, ModelError
 from lvmppl.families import log_density
 
 Values = Mapping[str, Tensor]
 """Constrained parameter values by name."""
+
+def time_axis(steps: int) -> str:
+    """The axis of the steps of a latent chain of T steps, in the factors that see it."""
+    return f"·time{steps}"
+
+
+def chain_axes(name: str, steps: int) -> tuple[str, str, str]:
+    """Axes of a chain's transition factor: the step (T − 1 of them, if it changes), the state before, the state after."""
+    return f"·step{steps}", f"{name}·from", f"{name}·to"
+
 
 POINTS = "·points"
 """The axis of points at which continuous sites are held."""
@@ -80,11 +92,18 @@ class ParameterSpec:
 
 @dataclass(frozen=True)
 class Variable:
-    """An enumerated discrete site: its support (one entry a state) and the plates it stands in."""
+    """An enumerated discrete site: its support (one entry a state) and the plates it stands in.
+
+    A Markov chain is one variable whose value is a sequence: `steps` is its length T, `lengths` the steps of each
+    sequence (axes named by `lengths_dims`), None when all have T.
+    """
 
     name: str
     plates: tuple[str, ...]
-    support: Tensor  # [K, *event]
+    support: Tensor  # [K, *event]; of a chain [K], the states of one step
+    steps: int | None = None
+    lengths: Tensor | None = None
+    lengths_dims: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -105,6 +124,30 @@ class Factor:
     scale: float | Tensor = 1.0  # a tensor is aligned with `scale_dims`
     scale_dims: tuple[str, ...] = ()
     observed: bool = False
+
+
+@dataclass(frozen=True)
+class SiteView:
+    """A sample site as one pass of the model left it: distribution and value, and what its axes are called.
+
+    axis_names: by negative batch axis; an axis of size 1 has no name. `factors()` computes the log-density (of a chain: of its
+    start and of its steps).
+    """
+
+    name: str
+    fn: Any
+    value: Tensor
+    observed: bool
+    mask: Any
+    scale: float | Tensor
+    scale_dims: tuple[str, ...]
+    axis_names: Mapping[int, str]
+    plates: frozenset[str]
+    factors: Callable[[], list[Factor]]
+
+    def factor(self) -> Factor:
+        """The first of its log-factors: the only one, but for a chain."""
+        return self.factors()[0]
 
 
 @dataclass(frozen=True)
@@ -292,6 +335,38 @@ class _Hold(Messenger):
             msg["value"], msg["done"] = self.points[msg["name"]], True
 
 
+class EnumeratedChain(dist.TorchDistribution):
+    """Stands in for a MarkovChain while sites are enumerated: the states of one step, so that z has K values, not Kᵀ.
+
+    What depends on z step by step (`table[z]`, its steps kept apart by `.to_event`) then has an axis of states and one of
+    steps, and forward-backward sums over the sequences.
+    """
+
+    arg_constraints: dict[str, Constraint] = {}  # noqa: RUF012 - torch's own protocol
+    has_enumerate_support = True
+
+    def __init__(self, chain: MarkovChain) -> None:
+        self.chain = chain
+        super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Constraint:  # type: ignore[override]
+        return self.chain.support
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        states = torch.arange(self.chain.states, device=self.chain.log_initial.device)
+        return states.reshape(-1, *[1] * len(self.batch_shape), 1)
+
+
+class _Chains(Messenger):
+    """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if isinstance(fn, MarkovChain) and not msg["is_observed"] and msg["infer"].get("enumerate") == "parallel":
+            msg["fn"] = EnumeratedChain(fn)
+
+
 @contextmanager
 def _swapped_modules(values: Values) -> Iterator[None]:
     """Within the block `pyro.module(name, net)` computes with the tensors in `values`; `net` gets its own back after.
@@ -395,7 +470,7 @@ def discover(program: Program, data: Values, data_plate: str | None = None, mode
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = _Discovery(weights)
-    with found, poutine.trace() as tracer, poutine.enum(first_available_dim=-1 - _SPARE_NESTING):
+    with found, poutine.trace() as tracer, poutine.enum(first_available_dim=-1 - _SPARE_NESTING), _Chains():
         with _Enumerate() if program.role == "guide" else nullcontext():
             program(data, weights)
     sites, sizes, axes = _read_sites(tracer.trace)
@@ -479,7 +554,7 @@ def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[s
 def _family_name(fn: Any) -> str:
     while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
         fn = fn.base_dist
-    return type(fn).__name__
+    return "MarkovChain" if isinstance(fn, EnumeratedChain) else type(fn).__name__
 
 
 def _find_data_plate(trace: Any, total: int, wanted: str | None, sizes: Mapping[str, int]) -> str | None:
@@ -520,6 +595,11 @@ class Joint:
         if guide_structure is not None:
             self.specs.update(guide_structure.parameters)
 
+    @contextmanager
+    def _enumeration(self) -> Iterator[None]:
+        with poutine.enum(first_available_dim=self.first_available_dim), _Chains():
+            yield
+
     def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
         rows = rows or Rows(num_rows(data))
@@ -527,14 +607,14 @@ class Joint:
         names: dict[int, str] = {}
         with parameters, _swapped_modules(values):
             if self.guide is None:
-                with poutine.trace() as model_trace, poutine.enum(first_available_dim=self.first_available_dim):
+                with poutine.trace() as model_trace, self._enumeration():
                     self.model(data, values)
                 return _build(model_trace.trace, None, rows, self.structure, names)
-            with poutine.trace() as guide_trace, poutine.enum(first_available_dim=self.first_available_dim):
+            with poutine.trace() as guide_trace, self._enumeration():
                 with _Enumerate():
                     self.guide(data, values)
             replay = poutine.replay(trace=guide_trace.trace)
-            with poutine.trace() as model_trace, poutine.enum(), replay:
+            with poutine.trace() as model_trace, poutine.enum(), _Chains(), replay:
                 self.model(data, values)
         return _build(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
@@ -556,10 +636,19 @@ class Joint:
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
         names: dict[int, str] = {}
         with parameters, _swapped_modules(values), poutine.trace() as trace:
-            with poutine.enum(first_available_dim=self.first_available_dim - 1), _Hold(points):
+            with poutine.enum(first_available_dim=self.first_available_dim - 1), _Chains(), _Hold(points):
                 self.model(data, values)
         extra = {self.first_available_dim: POINTS, **(configurations or {})}
         return _build(trace.trace, None, rows, self.structure, names, extra)
+
+    def view(self, data: Values, values: Values, rows: Rows | None = None) -> tuple[dict[str, SiteView], Evaluation]:
+        """The model's sites before any log-density is computed; the evaluation holds variables and sizes, no factors."""
+        rows = rows or Rows(num_rows(data))
+        parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
+        with parameters, _swapped_modules(values):
+            with poutine.trace() as tracer, self._enumeration():
+                self.model(data, values)
+        return _views(tracer.trace, rows, self.structure)
 
     def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The guide's log-factors alone; the model is not run."""
@@ -567,7 +656,7 @@ class Joint:
         rows = rows or Rows(num_rows(data))
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
         with parameters, _swapped_modules(values):
-            with poutine.trace() as trace, poutine.enum(first_available_dim=self.first_available_dim), _Enumerate():
+            with poutine.trace() as trace, self._enumeration(), _Enumerate():
                 self.guide(data, values)
         return _build(None, trace.trace, rows, self.structure, {})
 
@@ -598,16 +687,16 @@ def _build(
         for name, site in guide_trace.nodes.items():
             if not _is_sample(site) or site["is_observed"]:
                 continue
-            factor = _factor(name, site, rows, plate, names, extra)
-            guide_factors.append(factor)
+            own = _factors(name, site, rows, plate, names, extra, variables)
+            guide_factors.extend(own)
             if name not in variables:
                 samples[name] = site["value"]
                 if not site["fn"].has_rsample and not _is_delta(site["fn"]):
-                    score_factors.append(factor)
+                    score_factors.extend(own)
     model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if _is_sample(s)}
     for name, site in model_sites.items():
         _register(name, site, variables, sizes, names)
-    factors = tuple(_factor(n, s, rows, plate, names, extra) for n, s in model_sites.items())
+    factors = tuple(f for n, s in model_sites.items() for f in _factors(n, s, rows, plate, names, extra, variables))
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     return Evaluation(
@@ -626,39 +715,139 @@ def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[
     axis = site["infer"].get("_enumerate_dim")
     if axis is None or name in variables or site["is_observed"]:
         return
-    value, event_dim = site["value"], site["fn"].event_dim
     names[site["infer"]["_dim_to_id"][axis]] = name
+    plates = tuple(f.name for f in frames)
+    if isinstance(site["fn"], EnumeratedChain):
+        chain = site["fn"].chain
+        sizes[time_axis(chain.num_steps)] = chain.num_steps
+        lengths, dims = None, ()
+        if chain.lengths is not None:
+            lengths, dims = _name_axes(chain.lengths, _axis_names(site, names), name)
+        states = torch.arange(chain.states, device=chain.log_initial.device)
+        variables[name] = Variable(name, plates, states, chain.num_steps, lengths, dims)
+        return
+    value, event_dim = site["value"], site["fn"].event_dim
     position = value.dim() + axis - event_dim
     support = value if position < 0 else value.movedim(position, 0)
     support = support.reshape(support.shape[0] if position >= 0 else 1, -1, *value.shape[value.dim() - event_dim :])[:, 0]
-    variables[name] = Variable(name, tuple(f.name for f in frames), support.detach())
+    variables[name] = Variable(name, plates, support.detach())
 
 
-def _factor(
-    name: str, site: Any, rows: Rows, plate: str | None, names: Mapping[int, str], extra: Mapping[int, str]
-) -> Factor:
-    log_prob = log_density(site["fn"], site["value"])
-    observed = bool(site["is_observed"])
-    enumerated = "_enumerate_dim" in site["infer"] and not observed
-    mask = site["mask"]
-    if mask is not None and not enumerated:  # an enumerated latent keeps its prior, a mask acts on observed factors
-        log_prob = torch.where(torch.as_tensor(mask), log_prob, torch.zeros((), dtype=log_prob.dtype))
-    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
-    axis_names = {**extra, **{f.dim: f.name for f in frames}}
-    axis_names.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
-    tensor, dims = _name_axes(log_prob, axis_names, name)
-    plates = frozenset(f.name for f in frames)
+def _axis_names(site: Any, names: Mapping[int, str], extra: Mapping[int, str] | None = None) -> dict[int, str]:
+    """What each batch axis of a site stands for: a plate, an enumerated site, or what `extra` says."""
+    result = {**(extra or {}), **{f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}}
+    result.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
+    return result
+
+
+def _factors(
+    name: str,
+    site: Any,
+    rows: Rows,
+    plate: str | None,
+    names: Mapping[int, str],
+    extra: Mapping[int, str],
+    variables: Mapping[str, Variable],
+) -> list[Factor]:
+    """The log-factors of one site: one, or the initial and the transition factor of a chain."""
+    plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
+    axis_names = _axis_names(site, names, extra)
     scale: float | Tensor = site["scale"]
     scale_dims: tuple[str, ...] = ()
     if isinstance(scale, Tensor):
         scale, scale_dims = _name_axes(scale, axis_names, name)
     if plate in plates:
         scale = scale * rows.scale
-    return Factor(name, tensor, dims, plates, scale, scale_dims, observed)
+    observed = bool(site["is_observed"])
+
+    def factor(key: str, tensor: Tensor, dims: tuple[str, ...]) -> Factor:
+        return Factor(key, tensor, dims, plates, scale, scale_dims, observed)
+
+    if isinstance(site["fn"], EnumeratedChain):
+        return [factor(*part) for part in _chain_factors(name, site["fn"].chain, axis_names)]
+    steps = {v.steps for v in variables.values() if v.steps is not None and v.name in axis_names.values()}
+    stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
+    if stepwise is not None and stepwise.shape[-1] in steps:
+        tensor, dims = _name_axes(_masked(stepwise, site, trailing=1), axis_names, name, (time_axis(stepwise.shape[-1]),))
+        if any(variables[d].steps for d in dims if d in variables):
+            return [factor(name, tensor, dims)]
+    log_prob = log_density(site["fn"], site["value"])
+    if observed or "_enumerate_dim" not in site["infer"]:
+        log_prob = _masked(log_prob, site)
+    return [factor(name, *_name_axes(log_prob, axis_names, name))]
 
 
-def _name_axes(tensor: Tensor, axis_names: Mapping[int, str], site: str) -> tuple[Tensor, tuple[str, ...]]:
-    """Drop axes of size 1 and name the others; an axis that nothing declares is the user's mistake."""
+def _masked(log_prob: Tensor, site: Any, trailing: int = 0) -> Tensor:
+    """poutine.mask acts on observed and drawn factors; an enumerated latent keeps its prior."""
+    if site["mask"] is None:
+        return log_prob
+    mask = torch.as_tensor(site["mask"])
+    mask = mask.reshape(*mask.shape, *[1] * trailing) if mask.dim() else mask
+    return torch.where(mask, log_prob, torch.zeros((), dtype=log_prob.dtype, device=log_prob.device))
+
+
+def _by_step(fn: Any, value: Tensor) -> Tensor | None:
+    """log p(value) with the first event axis left unsummed [*batch, T]; None for a family that ties its event together."""
+    if isinstance(fn, dist.MaskedDistribution):
+        base = _by_step(fn.base_dist, value)
+        if base is None:
+            return None
+        mask = torch.as_tensor(fn._mask)
+        mask = mask.unsqueeze(-1) if mask.dim() else mask
+        return torch.where(mask, base, torch.zeros((), dtype=base.dtype, device=base.device))
+    if not isinstance(fn, torch.distributions.Independent) or fn.reinterpreted_batch_ndims < 1:
+        return None
+    base = log_density(fn.base_dist, value)
+    events = fn.reinterpreted_batch_ndims
+    shape = torch.broadcast_shapes(base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :])
+    base = base.expand(shape)
+    return base.sum(tuple(range(1 - events, 0))) if events > 1 else base
+
+
+def _chain_factors(name: str, chain: Any, axis_names: Mapping[int, str]) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+    """(key, tensor, dims) of log p(z₁) and of log p(z_{t+1} | z_t)."""
+    yield (name, *_name_axes(chain.log_initial, axis_names, name, (name,)))
+    step, before, after = chain_axes(name, chain.num_steps)
+    yield (f"{name}·transition", *_name_axes(chain.log_transition, axis_names, name, (step, before, after)))
+
+
+def _views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str, SiteView], Evaluation]:
+    variables: dict[str, Variable] = {}
+    sizes: dict[str, int] = {}
+    names: dict[int, str] = {}
+    plate = structure.data_plate
+    nodes = {n: s for n, s in trace.nodes.items() if _is_sample(s)}
+    for name, site in nodes.items():
+        _register(name, site, variables, sizes, names)
+    if plate is not None:
+        sizes.setdefault(plate, rows.size)
+    views = {}
+    for name, site in nodes.items():
+        axis_names = _axis_names(site, names)
+        plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
+        scale, scale_dims = site["scale"], ()
+        if isinstance(scale, Tensor):
+            scale, scale_dims = _name_axes(scale, axis_names, name)
+        if plate in plates:
+            scale = scale * rows.scale
+        observed = bool(site["is_observed"])
+        mask = None if "_enumerate_dim" in site["infer"] and not observed else site["mask"]
+        compute = functools.partial(_factors, name, site, rows, plate, names, {}, variables)
+        views[name] = SiteView(
+            name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute
+        )
+    return views, Evaluation((), (), variables, frozenset(), sizes)
+
+
+def _name_axes(
+    tensor: Tensor, axis_names: Mapping[int, str], site: str, trailing: tuple[str, ...] = ()
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Drop axes of size 1 and name the others; an axis that nothing declares is the user's mistake.
+
+    trailing: names of the right-most axes, which are not batch axes.
+    """
+    count = len(trailing)
+    axis_names = {**{a - count: n for a, n in axis_names.items()}, **{i - count: n for i, n in enumerate(trailing)}}
     shape = tensor.shape
     keep = [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
     for axis in keep:
@@ -666,7 +855,8 @@ def _name_axes(tensor: Tensor, axis_names: Mapping[int, str], site: str) -> tupl
             raise ModelError(
                 f"site '{site}'",
                 "batch axes that belong to plates",
-                f"a batch axis of size {shape[axis]} at dim {axis} (batch shape {tuple(shape)}) that no plate declares",
+                f"a batch axis of size {shape[axis]} at dim {axis + count} (batch shape {tuple(shape[: len(shape) - count])}) "
+                "that no plate declares",
                 "declare it with pyro.plate, or make it part of the event with .to_event(1)",
             )
     return tensor.reshape([shape[axis] for axis in keep]), tuple(axis_names[axis] for axis in keep)
@@ -731,6 +921,7 @@ __all__ = [
     "Program",
     "Rows",
     "SiteInfo",
+    "SiteView",
     "Structure",
     "Values",
     "Variable",
