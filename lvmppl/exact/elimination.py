@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lvmppl.density import Factor, Variable
 from lvmppl.errors import IntractableError, ModelError
+from lvmppl.exact.chains import has_chains, sum_out
 from lvmppl.exact.named import Named, add, align, log_sum_exp, sizes_of, union
 
 MAX_CLIQUE = 2**27  # entries of the largest table that elimination may build (1 GiB in float64)
@@ -240,7 +241,7 @@ def eliminate(
     maximise: bool = False,
     straight_through: bool = False,
 ) -> Elimination:
-    """Sum (or maximise) every enumerated variable but those in `keep` out of the factors.
+    """Sum (or maximise) every enumerated variable but those in `keep` out of the factors; Markov chains go first, whole.
 
     keep: variables that stay; `Elimination.kept` then holds log-factors over them.
     first: variables to be eliminated before the others of their plates, so that the later part of the tape is the
@@ -251,5 +252,7 @@ def eliminate(
         IntractableError: a table would pass `MAX_CLIQUE` entries, or plates that are not nested like a tree.
         ModelError: factors of one component carry different scales.
     """
+    if has_chains(variables):
+        factors, variables = sum_out(factors, variables, plate_sizes, maximise)
     run = _Eliminator(variables, plate_sizes, data_plate, keep, first, maximise, straight_through)
     return run.run(factors)

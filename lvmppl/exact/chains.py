@@ -1,0 +1,289 @@
+"""Latent Markov chains within a model: each chain is summed out as one variable, by forward-backward.
+
+A chain z of T steps comes as an initial factor over `z`, a transition factor over its (before, after) axes, and factors
+of what depends on it step by step, over `z` and the axis of steps. `sum_out` replaces all of them by one factor
+log Σ_z over whatever other sites and plates they hold, differentiable in each, so that marginals and expected counts are
+gradients as everywhere else. Chains that meet in one factor (factorial) are summed out together, one axis at a time:
+O(T · L · K^(L+1)) for L chains, not O(T · K^(2L)).
+
+Shapes: B batch (other sites and plates, flattened), T steps, K states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lvmppl.density import Factor, Variable, chain_axes, time_axis
+from lvmppl.errors import IntractableError, ModelError
+from lvmppl.exact import chain as kernel
+from lvmppl.exact.named import Named, align, log_sum_exp, union
+
+MAX_JOINT_STATES = 2**14  # Kᴸ of coupled chains
+
+
+@dataclass(frozen=True)
+class Group:
+    """Chains summed out together, and their tensors over a common batch.
+
+    names: the chains, in the order of their state axes. batch: the other axes (sites, then plates) with their sizes.
+    initial, transition: one a chain, [B|1, K] and [B|1, T−1|1, K, K]. emission: [B, T, K₁, …, K_L].
+    """
+
+    names: tuple[str, ...]
+    batch: tuple[str, ...]
+    sizes: tuple[int, ...]
+    plates: frozenset[str]
+    initial: tuple[Tensor, ...]
+    transition: tuple[Tensor, ...]
+    emission: Tensor
+    lengths: Tensor | None
+    template: Factor
+
+    @property
+    def joint_sizes(self) -> tuple[int, ...]:
+        return tuple(self.emission.shape[2:])
+
+    def as_one(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The group as a single chain over the product of its states: (initial, transition, emission)."""
+        initial, transition = self.initial[0], self.transition[0]
+        for a, A in zip(self.initial[1:], self.transition[1:], strict=True):
+            initial = (initial.unsqueeze(-1) + a.unsqueeze(-2)).flatten(-2)
+            joined = transition[..., :, None, :, None] + A[..., None, :, None, :]
+            transition = joined.flatten(-2).flatten(-3, -2)
+        return initial, transition, self.emission.flatten(2)
+
+    def log_partition(self) -> Tensor:
+        """log Σ over all sequences of the group, [B]."""
+        if len(self.names) == 1:
+            return kernel.log_partition(self.initial[0], self.transition[0], self.emission, self.lengths)
+        return _factorial_log_partition(self)
+
+    def maximum(self) -> Tensor:
+        """max over all sequences of log p̃, [B]."""
+        with torch.no_grad():
+            return kernel.viterbi(*self.as_one(), self.lengths)[1]
+
+
+def has_chains(variables: Mapping[str, Variable]) -> bool:
+    return any(v.steps is not None for v in variables.values())
+
+
+def sum_out(
+    factors: Sequence[Factor],
+    variables: Mapping[str, Variable],
+    plate_sizes: Mapping[str, int],
+    maximise: bool = False,
+) -> tuple[list[Factor], dict[str, Variable]]:
+    """The factors with every chain summed (or maximised) out, and the variables that are left."""
+    rest, groups = split(factors, variables, plate_sizes)
+    for group in groups:
+        value = group.maximum() if maximise else group.log_partition()
+        tensor = value.reshape(group.sizes)
+        keep = [i for i, s in enumerate(group.sizes) if s != 1]
+        dims = tuple(group.batch[i] for i in keep)
+        named = tensor.reshape([group.sizes[i] for i in keep])
+        rest.append(replace(group.template, log_prob=named, dims=dims, plates=group.plates, observed=False))
+    return rest, {n: v for n, v in variables.items() if v.steps is None}
+
+
+def split(
+    factors: Sequence[Factor], variables: Mapping[str, Variable], plate_sizes: Mapping[str, int]
+) -> tuple[list[Factor], list[Group]]:
+    """(factors without chains, groups of chains that meet)."""
+    chains = {n: v for n, v in variables.items() if v.steps is not None}
+    owner = {axis: n for n, v in chains.items() for axis in chain_axes(n, v.steps or 0)[1:]} | {
+        n: n for n in chains
+    }
+    touching = [{owner[d] for d in f.dims if d in owner} for f in factors]
+    for f, names in zip(factors, touching, strict=True):
+        own = f.site in chains or f.site.removesuffix("·transition") in chains
+        if names and not own and not any(d == time_axis(chains[n].steps or 0) for n in names for d in f.dims):
+            raise ModelError(
+                f"site '{f.site}'",
+                f"to depend on the chain {', '.join(sorted(names))} step by step, its steps the first event axis",
+                "one log-probability for a whole sequence",
+                "index with the states (table[z]) and declare the steps with .to_event(1)",
+            )
+    rest = [
+        f
+        for f, names in zip(factors, touching, strict=True)
+        if not names and f.site not in chains and f.site.removesuffix("·transition") not in chains
+    ]
+    groups: list[set[str]] = []
+    for names in [*touching, *({n} for n in chains)]:
+        if names:
+            joined = [g for g in groups if g & names]
+            groups = [g for g in groups if not g & names] + [names.union(*joined)]
+    built = [
+        _group(tuple(n for n in chains if n in g), factors, variables, plate_sizes, owner) for g in groups
+    ]
+    return rest, built
+
+
+def _group(
+    names: tuple[str, ...],
+    factors: Sequence[Factor],
+    variables: Mapping[str, Variable],
+    plate_sizes: Mapping[str, int],
+    owner: Mapping[str, str],
+) -> Group:
+    first = variables[names[0]]
+    steps = first.steps or 0
+    plates = frozenset(first.plates)
+    for name in names[1:]:
+        other = variables[name]
+        if other.steps != steps or frozenset(other.plates) != plates:
+            raise IntractableError(
+                f"chains {', '.join(names)}",
+                "the same number of steps and the same plates for chains that meet in one factor",
+                "different ones",
+                "give them one length, or couple them by writing a single chain over the product of their states",
+            )
+    joint = prod(variables[n].size for n in names)
+    if joint > MAX_JOINT_STATES:
+        sizes = " × ".join(str(variables[n].size) for n in names)
+        raise IntractableError(
+            f"chains {', '.join(names)}",
+            f"at most {MAX_JOINT_STATES:,} joint states",
+            f"{sizes} = {joint:,}",
+            "use svi or vem",
+        )
+    time = time_axis(steps)
+    initial = {f.site: f for f in factors if f.site in names}
+    moves = {
+        f.site.removesuffix("·transition"): f
+        for f in factors
+        if f.site.removesuffix("·transition") in names and f.site not in names
+    }
+    emissions = [
+        Named(*_multiplied_out(f, plates, plate_sizes))
+        for f in factors
+        if f.site not in names
+        and f.site.removesuffix("·transition") not in names
+        and any(owner.get(d) in names for d in f.dims)
+    ]
+    own = {*names, time, *(a for n in names for a in chain_axes(n, steps))}
+    tensors = [Named(f.log_prob, f.dims) for f in (*initial.values(), *moves.values())] + emissions
+    others = union(n.dims for n in tensors)
+    lengths = [variables[n] for n in names if variables[n].lengths is not None]
+    batch = tuple(
+        sorted(
+            (d for d in union([others, *(v.lengths_dims for v in lengths)]) if d not in own),
+            key=lambda d: (d in plate_sizes, d),
+        )
+    )
+    sizes = tuple(_size(d, variables, plate_sizes) for d in batch)
+    return Group(
+        names,
+        batch,
+        sizes,
+        plates,
+        tuple(_initial(initial[n], n, variables[n], batch, sizes) for n in names),
+        tuple(_transition(moves[n], n, variables[n], batch, sizes) for n in names),
+        _emission(emissions, names, variables, time, batch, sizes, tensors[0].tensor),
+        _lengths(lengths, batch, sizes),
+        initial[names[0]],
+    )
+
+
+def _size(dim: str, variables: Mapping[str, Variable], plate_sizes: Mapping[str, int]) -> int:
+    return variables[dim].size if dim in variables else plate_sizes[dim]
+
+
+def _multiplied_out(factor: Factor, plates: frozenset[str], plate_sizes: Mapping[str, int]) -> Named:
+    """Plates inside the chain's own (sensors, say) add up."""
+    inner = factor.plates - plates
+    axes = [i for i, d in enumerate(factor.dims) if d in inner]
+    tensor = factor.log_prob.sum(axes) if axes else factor.log_prob
+    absent = prod(plate_sizes[p] for p in inner if p not in factor.dims)
+    return Named(tensor * absent if absent != 1 else tensor, tuple(d for d in factor.dims if d not in inner))
+
+
+def _flat(tensor: Tensor, batch: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor:
+    """[*batch (size 1 where absent), …] → [B|1, …]."""
+    lead = tensor.shape[: len(batch)]
+    tail = tensor.shape[len(batch) :]
+    if all(s == 1 for s in lead):
+        return tensor.reshape(1, *tail)
+    return tensor.expand(*sizes, *tail).reshape(-1, *tail)
+
+
+def _initial(
+    factor: Factor, name: str, variable: Variable, batch: tuple[str, ...], sizes: tuple[int, ...]
+) -> Tensor:
+    tensor = align(Named(factor.log_prob, factor.dims), (*batch, name))
+    return _flat(tensor.expand(*tensor.shape[:-1], variable.size), batch, sizes)
+
+
+def _transition(
+    factor: Factor, name: str, variable: Variable, batch: tuple[str, ...], sizes: tuple[int, ...]
+) -> Tensor:
+    step, before, after = chain_axes(name, variable.steps or 0)
+    tensor = align(Named(factor.log_prob, factor.dims), (*batch, step, before, after))
+    return _flat(tensor.expand(*tensor.shape[:-2], variable.size, variable.size), batch, sizes)
+
+
+def _emission(
+    emissions: Sequence[Named],
+    names: tuple[str, ...],
+    variables: Mapping[str, Variable],
+    time: str,
+    batch: tuple[str, ...],
+    sizes: tuple[int, ...],
+    like: Tensor,
+) -> Tensor:
+    """Σ of what depends on the chains, [B, T, K₁, …, K_L]."""
+    states = tuple(variables[n].size for n in names)
+    steps = variables[names[0]].steps or 0
+    total: Tensor | None = None
+    for named in emissions:
+        part = align(named, (*batch, time, *names))
+        total = part if total is None else total + part
+    if total is None:
+        total = torch.zeros((), dtype=like.dtype, device=like.device)
+    return total.expand(*sizes, steps, *states).reshape(-1, steps, *states)
+
+
+def _lengths(variables: Sequence[Variable], batch: tuple[str, ...], sizes: tuple[int, ...]) -> Tensor | None:
+    if not variables:
+        return None
+    tables = [
+        align(Named(v.lengths, v.lengths_dims), batch).expand(sizes).reshape(-1)
+        for v in variables
+        if v.lengths is not None
+    ]
+    for other in tables[1:]:
+        if not torch.equal(other, tables[0]):
+            listing = ", ".join(v.name for v in variables)
+            raise IntractableError(
+                f"chains {listing}", "the same lengths for chains that meet in one factor", "different ones"
+            )
+    return tables[0]
+
+
+def _factorial_log_partition(group: Group) -> Tensor:
+    """Forward recursion over the joint states of L chains, one chain's transition at a time; log domain, [B]."""
+    emission, count = group.emission, len(group.names)
+    alpha = emission[:, 0]
+    for i, initial in enumerate(group.initial):
+        shape = [initial.shape[0], *(initial.shape[1] if j == i else 1 for j in range(count))]
+        alpha = alpha + initial.reshape(shape)
+    for t in range(1, emission.shape[1]):
+        following = alpha
+        for i, transition in enumerate(group.transition):
+            step = transition[:, 0 if transition.shape[1] == 1 else t - 1]  # [B|1, K, K']
+            moved = following.movedim(1 + i, -1).unsqueeze(-1)  # [B, others…, K, 1]
+            shape = [step.shape[0], *[1] * (count - 1), *step.shape[1:]]
+            following = log_sum_exp(moved + step.reshape(shape), -2).movedim(-1, 1 + i)
+        following = following + emission[:, t]
+        if group.lengths is None:
+            alpha = following
+        else:
+            running = (group.lengths > t).reshape(-1, *[1] * count)
+            alpha = torch.where(running, following, alpha)
+    return log_sum_exp(alpha.flatten(1), 1)
