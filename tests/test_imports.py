@@ -39,9 +39,10 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "data": ("lvmppl.data lvmppl.data.*", "errors options catalogue data", "pyro yaml"),
     "algorithms": (
         "lvmppl.algorithms lvmppl.algorithms.*",
-        "errors options density families exact results algorithms",
+        "errors options density families exponential exact results algorithms",
         "yaml",
     ),
+    "exponential": ("lvmppl.exponential", "errors density families distributions exact", "yaml pandas"),
     "results": (
         "lvmppl.fitted lvmppl.posteriors lvmppl.continuous_posteriors lvmppl.*_posterior* lvmppl.elbo",
         "errors density exact results",
