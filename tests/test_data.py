@@ -197,7 +197,7 @@ def test_parquet_categories_become_codes_or_their_numbers(tmp_path: Path) -> Non
     assert_holds(data.tensors["w"], [4, 5, 6])
 
 
-@pytest.mark.parametrize("kind", ["<f8", ">f8", "<f4", "<f2", "<i4", ">i8", "u1", "<u8", "?"])
+@pytest.mark.parametrize("kind", ["<f8", ">f8", "<f4", "<f2", "longdouble", "<i4", ">i8", "u1", "<u8", "?"])
 def test_npy_round_trips(tmp_path: Path, kind: str) -> None:
     array = np.arange(15).reshape(5, 3).astype(kind)
     np.save(tmp_path / "a.npy", array)
@@ -271,7 +271,7 @@ def test_sequences_equal_a_hand_built_case(tmp_path: Path) -> None:
     data = read("long.csv", tmp_path, columns=columns, sequence="who", time="when")
     assert_holds(data.tensors["x"], [[0.1, 0.2, 0.3], [1.0, 2.0, 0.0], [9.0, 0.0, 0.0]])
     assert_holds(data.tensors["k"], [[31, 32, 33], [21, 22, 0], [99, 0, 0]])
-    pairs = [[[31, 0.1], [32, 0.2], [33, 0.3]], [[21, 1], [22, 2], [0, 0]], [[99, 9], [0, 0], [0, 0]]]
+    pairs: Any = [[[31, 0.1], [32, 0.2], [33, 0.3]], [[21, 1], [22, 2], [0, 0]], [[99, 9], [0, 0], [0, 0]]]
     assert_holds(data.tensors["pair"], pairs)
     assert_holds(data.tensors["lengths"], [3, 2, 1])
     assert_holds(data.rows, [0, 1, 2])
@@ -326,7 +326,7 @@ def test_split_is_disjoint_complete_ordered_and_seeded() -> None:
 
 def test_split_takes_whole_sequences(tmp_path: Path) -> None:
     write_long(tmp_path / "long.csv")
-    options = {"columns": {"k": "k"}, "sequence": "who", "time": "when"}
+    options: dict[str, Any] = {"columns": {"k": "k"}, "sequence": "who", "time": "when"}
     whole = read("long.csv", tmp_path, **options)
     split = read("long.csv", tmp_path, **options, test_fraction=0.34)
     assert (split.num_rows, len(split.test_rows)) == (2, 1)

@@ -200,6 +200,12 @@ FILES: list[tuple[str, Callable[[Path], None], dict[str, Any], str]] = [
     ),
     (
         "a.npy",
+        npy(np.where(np.arange(3_000_000) == 2_500_000, np.nan, 0.0)),
+        {"columns": {"x": "*"}},
+        "a.npy | missing value in data row 2500001",
+    ),
+    (
+        "a.npy",
         npy(["p", "q"]),
         {"columns": {"x": "*"}},
         "data.columns.x | numbers in a.npy | 'p' in data row 1",

@@ -108,7 +108,7 @@ def numbers(
         raise InputError(where, f"integers below 2⁶³ in {what}", str(array.max()), "write it as a float")
     if array.dtype.kind == "f":
         _refuse_not_finite(array, where, what, names, limit)
-        return array if array.dtype.isnative and array.dtype.itemsize <= 8 else array.astype(np.float64)
+        return array
     return array.astype(bool if array.dtype.kind == "b" else np.int64, copy=False)
 
 
