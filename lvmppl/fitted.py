@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -19,6 +19,14 @@ from lvmppl.posteriors import Posterior
 
 HISTORY_COLUMNS = ("restart", "step", "seconds", "objective", "objective_kind")
 _FORMAT = "lvmppl-fit-1"
+
+
+class MStep(NamedTuple):
+    """How EM updates a parameter: `closed-form`, `gradient` or `fixed`, and why."""
+
+    parameter: str
+    how: str
+    why: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +58,7 @@ class Fit:
     posterior: Posterior | ContinuousPosterior | None = None
     variational: Posterior | None = None  # q over its enumerated sites, in the same form
     moments: Mapping[str, Tensor] = field(default_factory=dict)  # of q's continuous sites: [2, *shape], mean and sd
+    m_step: tuple[MStep, ...] = ()  # EM only
 
     @property
     def history(self) -> pd.DataFrame:
@@ -77,6 +86,7 @@ class Fit:
                 "log_evidence_kind", "log_evidence_error", "elbo", "elbo_error",
             )
         }  # fmt: skip
+        meta["m_step"] = [list(step) for step in self.m_step]
         meta["history"] = {c: self.all_history[c].tolist() for c in self.all_history.columns}
         meta["posterior"] = _pack_posterior(self.posterior, "posterior", tensors)
         meta["variational"] = _pack_posterior(self.variational, "variational", tensors)
@@ -101,6 +111,7 @@ def load_fit(path: str | Path) -> Fit:
         raise InputError(str(path), f"a file of format {_FORMAT}", str(meta_text.get("format")))
     meta = json.loads(meta_text["fit"])
     history = pd.DataFrame(meta.pop("history"))
+    m_step = tuple(MStep(*step) for step in meta.pop("m_step", ()))
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
     groups = {g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")} for g in ("theta", "lambda", "q")}
@@ -111,6 +122,7 @@ def load_fit(path: str | Path) -> Fit:
         moments=groups["q"],
         variational=variational,
         all_history=history,
+        m_step=m_step,
         elbo_per_datum=tensors.get("elbo_per_datum"),
         posterior=posterior,
     )

@@ -1,18 +1,25 @@
 """Expectation maximisation: exact E-step, M-step on Q(θ, θ⁽ⁱ⁾) = E_{p(z|x;θ⁽ⁱ⁾)}[log p(x, z; θ)].
 
-The M-step is by L-BFGS on the exact Q (generalized EM when it stops early). Either way
-log p(x; θ⁽ⁱ⁺¹⁾) ≥ log p(x; θ⁽ⁱ⁾); a fall beyond rounding ends the fit as `diverged`.
+Parameters that a site of an exponential family looks up are solved in closed form (found by `m_step`, never declared);
+the others take a few L-BFGS steps on the exact Q (generalized EM). Either way log p(x; θ⁽ⁱ⁺¹⁾) ≥ log p(x; θ⁽ⁱ⁾); a fall
+beyond rounding ends the fit as `diverged`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
-from lvmppl.algorithms.expected import e_step, gradient_m_step
+from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
+from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, require_enumerated
 from lvmppl.algorithms.start import start_values
+from lvmppl.algorithms.statistics import Statistics
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
@@ -28,28 +35,82 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
     """
     require_enumerated(problem, "em")
     with unvalidated():
-        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: _run(problem, options, r))
-    return finish(problem, options, done, best_of(done))
+        run = _Run(problem, options, plan_m_step(problem))
+        done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
+    return replace(finish(problem, options, done, best_of(done)), m_step=run.plan.steps)
 
 
-def _run(problem: Problem, options: EMOptions, restart: int) -> Trajectory:
-    trajectory = Trajectory(restart, "log_evidence")
-    values = start_values(problem, options.init, restart, options.restarts)
-    stopping = Stopping(options.tolerance)
-    for step in range(options.max_steps + 1):
-        objective, weights = e_step(problem, values)
-        trajectory.record(step, objective)
-        problem.progress.update(step, objective)
-        if not math.isfinite(objective) or objective < trajectory.objective - ROUNDING * abs(trajectory.objective):
-            trajectory.status = "diverged"
-            trajectory.message = f"log evidence went from {trajectory.objective:.6f} to {objective:.6f} at step {step}"
-            trajectory.values = trajectory.values or detached(values)
-            return trajectory
-        if objective > trajectory.objective or not trajectory.values:
-            trajectory.objective, trajectory.values = objective, detached(values)
-        if stopping.met(objective):
-            trajectory.status = "converged"
-            return trajectory
-        if step < options.max_steps:
-            values = {**values, **gradient_m_step(problem, values, weights, options.m_steps, options.tolerance)}
-    return trajectory
+class _Run:
+    """All restarts of a fit: what one restart learns about the plan holds for the next."""
+
+    def __init__(self, problem: Problem, options: EMOptions, plan: Plan) -> None:
+        self.problem, self.options, self.plan = problem, options, plan
+
+    def restart(self, number: int) -> Trajectory:
+        trajectory = Trajectory(number, "log_evidence")
+        values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
+        stopping = Stopping(self.options.tolerance)
+        for step in range(self.options.max_steps + 1):
+            objective, weights, statistics = e_step(
+                self.problem, values, self.plan.sites, keep_weights=bool(self.plan.by_gradient)
+            )
+            trajectory.record(step, objective)
+            self.problem.progress.update(step, objective)
+            if self._has_fallen(trajectory, values, objective):
+                return trajectory
+            if objective > trajectory.objective or not trajectory.values:
+                trajectory.objective, trajectory.values = objective, detached(values)
+            stopped = stopping.met(objective)
+            if (
+                (stopped or step == self.options.max_steps)
+                and self._still_holds(trajectory.values)
+                and stopped
+            ):
+                trajectory.status = "converged"
+                return trajectory
+            if step < self.options.max_steps:
+                if self.plan.by_gradient and not weights:  # the plan has just changed
+                    objective, weights, statistics = e_step(self.problem, values, self.plan.sites)
+                values = self._m_step(trajectory, values, weights, statistics)
+        return trajectory
+
+    def _m_step(
+        self,
+        trajectory: Trajectory,
+        values: Mapping[str, Tensor],
+        weights: Weights,
+        statistics: Mapping[str, Statistics],
+    ) -> dict[str, Tensor]:
+        """Closed forms, then gradient steps on the rest, then closed forms again: none lowers Q."""
+        new, floored = solve_closed(self.problem, self.plan, values, statistics)
+        names = self.plan.by_gradient
+        if names:
+            options = self.options
+            new = {
+                **new,
+                **gradient_m_step(self.problem, new, weights, options.m_steps, options.tolerance, names),
+            }
+            new, floored = solve_closed(self.problem, self.plan, new, statistics)
+        if floored:
+            trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
+        return new
+
+    def _has_fallen(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> bool:
+        before = trajectory.objective
+        if math.isfinite(objective) and objective >= before - ROUNDING * abs(before):
+            return False
+        step = len(trajectory.rows) - 1
+        moved = ", ".join(self.plan.closed + self.plan.by_gradient) or "no parameter"
+        trajectory.status = "diverged"
+        trajectory.message = (
+            f"log evidence went from {before:.6f} to {objective:.6f} at step {step}, which updated {moved}"
+        )
+        trajectory.values = trajectory.values or detached(values)
+        return True
+
+    def _still_holds(self, values: Mapping[str, Tensor]) -> bool:
+        """Verify the plan where the fit ends; a parameter that fails goes to the gradient and the fit goes on."""
+        checked = verified(self.problem, self.plan, values)
+        same = checked.steps == self.plan.steps
+        self.plan = checked
+        return same

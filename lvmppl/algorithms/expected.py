@@ -6,30 +6,59 @@ The E-step gives q_s = ∂ log Z/∂ f_s, posterior probabilities at each factor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, detached, maximise_lbfgs
+from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.problem import Problem
-from lvmppl.density import Coordinates, Evaluation, Factor, Values
+from lvmppl.algorithms.statistics import Statistics, accumulate, add_statistics
+from lvmppl.density import Coordinates, Evaluation, Factor, SiteView, Values
 from lvmppl.exact.elimination import eliminate
+from lvmppl.exact.named import Named
+from lvmppl.exponential import read
 
 Weights = list[dict[str, Tensor]]
 """One dictionary a chunk of the data: q_s by site."""
 
 
-def e_step(problem: Problem, values: Values) -> tuple[float, Weights]:
-    """log p(x; θ) and the weights q_s of every factor, exactly."""
-    total, weights = 0.0, []
+def e_step(
+    problem: Problem, values: Values, sites: Sequence[ClosedSite] = (), keep_weights: bool = True
+) -> tuple[float, Weights, dict[str, Statistics]]:
+    """log p(x; θ), the weights q_s of every factor, and the expected statistics of `sites`, exactly."""
+    total: float = 0.0
+    weights: Weights = []
+    statistics: dict[str, Statistics] = {}
     for data, rows in chunks(problem):
         with torch.no_grad():
-            evaluation = problem.model.evaluate(data, values, rows)
+            views, evaluation = problem.model.view(data, values, rows)
+            evaluation = replace(evaluation, factors=tuple(v.factor() for v in views.values()))
         value, grads = factor_weights(evaluation, problem.data_plate)
         total += value
-        weights.append(grads)
-    return total, weights
+        if keep_weights:
+            weights.append(grads)
+        add_up(views, evaluation, grads, sites, statistics)
+    return total, weights, statistics
+
+
+def add_up(
+    views: Mapping[str, SiteView],
+    evaluation: Evaluation,
+    weights: Mapping[str, Tensor],
+    sites: Sequence[ClosedSite],
+    statistics: dict[str, Statistics],
+) -> None:
+    """Add the statistics of one piece of the data to `statistics`."""
+    dims = {f.site: f.dims for f in evaluation.factors}
+    with torch.no_grad():
+        for site in sites:
+            reading = read(views[site.name])
+            assert reading is not None, "a site's family does not change between steps"
+            part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
+            statistics[site.name] = add_statistics(statistics.get(site.name), part)
 
 
 def factor_weights(evaluation: Evaluation, data_plate: str | None) -> tuple[float, dict[str, Tensor]]:
@@ -67,10 +96,21 @@ def expected_log_joint(problem: Problem, values: Values, weights: Weights) -> Te
     return total
 
 
-def gradient_m_step(problem: Problem, values: Values, weights: Weights, steps: int, tolerance: float = 0.0) -> dict[str, Tensor]:
-    """θ that raises Q by at most `steps` L-BFGS iterations from `values` (generalized EM); never lower than the start."""
-    coordinates = Coordinates(problem.model.specs, problem.free_theta)
-    fixed = {n: values[n] for n in problem.theta if n not in problem.free_theta}
+def gradient_m_step(
+    problem: Problem,
+    values: Values,
+    weights: Weights,
+    steps: int,
+    tolerance: float = 0.0,
+    names: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """θ that raises Q by at most `steps` L-BFGS iterations from `values` (generalized EM); never lower than the start.
+
+    names: the parameters that move, all that are not frozen by default.
+    """
+    moving = problem.free_theta if names is None else tuple(names)
+    coordinates = Coordinates(problem.model.specs, moving)
+    fixed = {n: values[n] for n in problem.theta if n not in moving}
     best: dict[str, Tensor] = detached({n: values[n] for n in problem.theta})
     top = [-torch.inf]
     stopping = Stopping(tolerance)

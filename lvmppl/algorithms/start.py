@@ -6,12 +6,16 @@ responsibilities r and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from lvmppl.algorithms.evidence import chunks
-from lvmppl.algorithms.expected import Weights, gradient_m_step
+from lvmppl.algorithms.expected import Weights, add_up, gradient_m_step
+from lvmppl.algorithms.m_step import Plan, solve_closed
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.statistics import Statistics
 from lvmppl.density import Evaluation, Rows, derive_seed
 from lvmppl.errors import InputError
 from lvmppl.exact.named import Named, align
@@ -19,8 +23,10 @@ from lvmppl.exact.named import Named, align
 _START_STEPS = 50  # L-BFGS iterations of the M-step that turns responsibilities into parameters
 
 
-def start_values(problem: Problem, init: str, restart: int, restarts: int) -> dict[str, Tensor]:
-    """The start of one restart, constrained."""
+def start_values(
+    problem: Problem, init: str, restart: int, restarts: int, plan: Plan | None = None
+) -> dict[str, Tensor]:
+    """The start of one restart, constrained. plan: of the M-step; without it the M-step is by gradient throughout."""
     values = dict(problem.initial)
     how = init if restart == 0 else "random"
     if how == "params":
@@ -36,8 +42,23 @@ def start_values(problem: Problem, init: str, restart: int, restarts: int) -> di
             )
         return values
     weights = _responsibility_weights(problem, how, restart)
-    values.update(gradient_m_step(problem, values, weights, _START_STEPS, tolerance=1e-6))
+    if plan is not None and plan.closed:
+        statistics = _statistics_of(problem, plan, weights)
+        values, _ = solve_closed(problem, plan, values, statistics)
+    names = problem.free_theta if plan is None else plan.by_gradient
+    if names:
+        values.update(gradient_m_step(problem, values, weights, _START_STEPS, tolerance=1e-6, names=names))
     return values
+
+
+def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, Statistics]:
+    statistics: dict[str, Statistics] = {}
+    for (data, rows), own in zip(chunks(problem), weights, strict=True):
+        with torch.no_grad():
+            views, evaluation = problem.model.view(data, problem.initial, rows)
+            evaluation = replace(evaluation, factors=tuple(v.factor() for v in views.values()))
+        add_up(views, evaluation, own, plan.sites, statistics)
+    return statistics
 
 
 def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights:
@@ -66,7 +87,9 @@ def _weights_of(
         dims = (name, *variable.plates)
         shape = [variable.size, *(evaluation.plate_sizes[p] for p in variable.plates)]
         if labels is not None and variable.plates == (problem.data_plate,):
-            hot = torch.nn.functional.one_hot(labels[variable.size][begin : begin + rows.size], variable.size).T
+            hot = torch.nn.functional.one_hot(
+                labels[variable.size][begin : begin + rows.size], variable.size
+            ).T
             table = 0.95 * hot.to(like) + 0.05 / variable.size
         else:
             # A random datum is attached to each state by a nearly one-hot draw; a flat Dirichlet would start all equal.
@@ -82,7 +105,14 @@ def _weights_of(
                 continue
             table = tables[dim]
             extra = [d for d in table.dims[1:] if d not in factor.dims]
-            reduced = Named(table.tensor.sum([table.dims.index(d) for d in extra]), tuple(d for d in table.dims if d not in extra)) if extra else table
+            reduced = (
+                Named(
+                    table.tensor.sum([table.dims.index(d) for d in extra]),
+                    tuple(d for d in table.dims if d not in extra),
+                )
+                if extra
+                else table
+            )
             weight = weight * align(reduced, factor.dims)
         weights[factor.site] = weight
     return weights
@@ -99,7 +129,11 @@ def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[int, Te
     features = (features - features.mean(0)) / features.std(0, unbiased=False).clamp_min(1e-12)
     structure = problem.model.structure
     sizes: dict[int, Tensor] = {}
-    evaluation = problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows)) if structure.enumerated else None
+    evaluation = (
+        problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows))
+        if structure.enumerated
+        else None
+    )
     for variable in evaluation.variables.values() if evaluation else ():
         if variable.size in sizes or variable.size > problem.num_rows:
             continue

@@ -1,0 +1,317 @@
+"""The M-step in closed form: parameters that maximise Σ_s ⟨q_s, f_s(θ)⟩, from expected sufficient statistics.
+
+Statistics of every site are added up into the parameter entries that its fields look up (entries shared by states,
+sites or time steps are thereby tied) and solved:
+
+    simplex  p = S / ΣS          location    μ = Σ w x / Σ w   (w = q τ; τ cancels where it is one number)
+    beta     p = A / (A + B)     precision   τ = n / Σ q (x − μ)²
+    gamma    τ = A / B           covariance  Σ = Σ q (x − μ)(x − μ)ᵀ / n
+
+What the equations do not settle: an entry without weight (an emptied component) keeps its value; a variance is held at
+a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), for a covariance in every direction, since the
+likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to the bound. Each of these is
+the maximum under its restriction, so the log evidence still never falls.
+
+Shapes: R restarts lead every tensor (1 without); P entries of the parameters of a lookup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from lvmppl.algorithms.probing import Lookup
+from lvmppl.algorithms.spellings import Spelling, bounds
+from lvmppl.algorithms.statistics import PACKED, RESTART, Statistics, unpacked
+from lvmppl.density import ParameterSpec, Values
+from lvmppl.exact.named import Named, align
+from lvmppl.exponential import COLUMN, ROW
+
+
+@dataclass(frozen=True)
+class ClosedSite:
+    """A site of which parameters are solved: its fields as lookups, the axes its statistics keep, its reference."""
+
+    name: str
+    kind: str
+    lookups: Mapping[str, Lookup]
+    keep: tuple[str, ...]
+    reference: Named | None = None
+    variance: Named | None = None
+    weighted: bool = False  # whether locations are weighted by precisions that differ
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {d: s for f in self.lookups.values() for d, s in zip(f.dims, f.index.shape, strict=True)}
+
+    def full(self, named: Named, restarts: int, core: Sequence[str] = ()) -> Tensor:
+        """A statistic or field at all axes: [R, *keep, *core]."""
+        dims = (RESTART, *self.keep, *core)
+        sizes = self.sizes
+        shape = [restarts, *(sizes[d] for d in self.keep)]
+        tensor = align(named, dims)
+        return tensor.expand(*shape, *tensor.shape[len(shape) :])
+
+    def field(self, name: str, values: Values) -> Named:
+        lookup = self.lookups[name]
+        tensor = lookup.evaluate(values, lead=1)
+        if tensor.dim() == len(lookup.dims):
+            return Named(tensor, lookup.dims)
+        return Named(tensor, (RESTART, *lookup.dims))
+
+
+Closed = tuple[ClosedSite, ...]
+
+
+@dataclass
+class Sums:
+    """What adds up for one parameter, in the coordinates of its spelling: [R, P]."""
+
+    kind: str
+    spelling: Spelling
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, key: str, part: Tensor) -> None:
+        self.parts[key] = self.parts[key] + part if key in self.parts else part
+
+
+@dataclass(frozen=True)
+class Solution:
+    """New parameters [R, *shape], and those that a floor holds."""
+
+    values: dict[str, Tensor]
+    floored: frozenset[str]
+
+
+def solve(
+    sites: Closed,
+    specs: Mapping[str, ParameterSpec],
+    names: Collection[str],
+    values: Values,
+    statistics: Mapping[str, Statistics],
+    priors: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> Solution:
+    """The parameters `names` that maximise Q given the statistics; others stay.
+
+    values: [R, *shape]. priors: by parameter, pseudo-statistics of a conjugate prior to be added.
+    """
+    result = dict(values)
+    restarts = len(next(iter(values.values())))
+    floored: set[str] = set()
+    for stage in (("simplex", "beta", "gamma", "loc"), ("precision", "covariance")):
+        sums: dict[str, Sums] = {}
+        for site in sites:
+            _gather(site, stage, names, result, statistics[site.name], restarts, sums)
+        for name, total in sums.items():
+            for key, part in (priors or {}).get(name, {}).items():
+                total.add(key, part.reshape(1, -1))
+            solved, at_floor = _SOLVE[total.kind](total, result[name])
+            result[name] = _within(solved, specs[name].constraint)
+            if at_floor:
+                floored.add(name)
+    return Solution(result, frozenset(floored))
+
+
+def _gather(
+    site: ClosedSite,
+    stage: Iterable[str],
+    names: Collection[str],
+    values: Values,
+    statistics: Statistics,
+    restarts: int,
+    sums: dict[str, Sums],
+) -> None:
+    """Add the site's statistics to the sums of the parameters that belong to this stage."""
+    for key, lookup in site.lookups.items():
+        kind = site.kind if key in ("probs", "rate") else key
+        if kind not in stage or not set(lookup.names) & set(names):
+            continue
+        for part, tensor in _PARTS[kind](site, values, statistics, restarts).items():
+            for name, own in _scatter(lookup, tensor, values).items():
+                if name in names:
+                    assert lookup.spelling is not None
+                    sums.setdefault(name, Sums(kind, lookup.spelling)).add(part, own)
+
+
+def _scatter(lookup: Lookup, tensor: Tensor, values: Values) -> dict[str, Tensor]:
+    """Statistics at the entries of a field [R, *index.shape] → added up at the entries of its parameters [R, P]."""
+    sizes = [values[n][0].numel() for n in lookup.names]
+    flat = tensor.flatten(1)
+    if lookup.direct:
+        total = flat
+    else:
+        index = lookup.index.flatten()
+        used = torch.nonzero(index >= 0).flatten()
+        total = flat.new_zeros(len(flat), sum(sizes)).index_add_(1, index[used], flat[:, used])
+    return dict(zip(lookup.names, total.split(sizes, 1), strict=True))
+
+
+def _to_field(site: ClosedSite, key: str, full: Tensor, core: Sequence[str] = ()) -> Tensor:
+    """[R, *keep, *core] summed to the axes of one field, in its order."""
+    dims = (RESTART, *site.keep, *core)
+    lookup = site.lookups[key]
+    axes = [i for i, d in enumerate(dims) if d != RESTART and d not in lookup.dims]
+    kept = tuple(d for d in dims if d == RESTART or d in lookup.dims)
+    return align(Named(full.sum(axes) if axes else full, kept), (RESTART, *lookup.dims))
+
+
+def _counts(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
+    named = s["counts"]
+    return {"counts": _to_field(site, "probs", site.full(named, restarts, ("·v",)), ("·v",))}
+
+
+def _pair(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
+    (key,) = site.lookups
+    return {k: _to_field(site, key, site.full(s[k], restarts)) for k in "ab"}
+
+
+def _location(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
+    """Σ w (x − μ_old) and Σ w, with the present entries μ_old as origin."""
+    core = (ROW,) if site.kind == "mvn" else ()
+    assert site.reference is not None
+    n = site.full(s["n"], restarts)
+    n = n.unsqueeze(-1) if core else n
+    first, now = site.full(s["first"], restarts, core), site.full(site.field("loc", values), restarts, core)
+    moment = first + n * (site.full(site.reference, restarts, core) - now)
+    n = n.expand_as(moment)
+    if site.weighted:
+        precision = site.full(site.field("precision", values), restarts)
+        moment, n = moment * precision, n * precision
+    return {"moment": _to_field(site, "loc", moment, core), "weight": _to_field(site, "loc", n, core)}
+
+
+def _precision(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
+    """a = n/2 and b = Σ q (x − μ)²/2, and the floor of the variance."""
+    assert site.reference is not None and site.variance is not None
+    shift = site.full(site.field("loc", values), restarts) - site.full(site.reference, restarts)
+    n = site.full(s["n"], restarts)
+    spread = site.full(s["second"], restarts) - shift * (2 * site.full(s["first"], restarts) - n * shift)
+    floor = _floor(site.variance, site.reference)
+    weight = _to_field(site, "precision", n)
+    # A floor shared by several entries is their mean, by weight; sums of n and n · floor keep it linear.
+    held = _to_field(site, "precision", n * site.full(floor, restarts))
+    return {"a": weight / 2, "b": _to_field(site, "precision", spread.clamp_min(0)) / 2, "floor": held}
+
+
+def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
+    """n and Σ q (x − μ)(x − μ)ᵀ, each at the entries of the covariance, and the floor's matrix."""
+    assert site.reference is not None and site.variance is not None
+    core = (ROW,)
+    shift = site.full(site.field("loc", values), restarts, core) - site.full(site.reference, restarts, core)
+    n = site.full(s["n"], restarts)[..., None, None]
+    first = site.full(s["first"], restarts, core)
+    second = unpacked(site.full(s["second"], restarts, (PACKED,)))
+    cross = first.unsqueeze(-1) * shift.unsqueeze(-2)
+    matrix = second - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
+    floor = torch.diag_embed(site.full(_floor(site.variance, site.reference), restarts, core))
+    both = (ROW, COLUMN)
+    parts = {"n": n.expand_as(matrix), "scatter": matrix, "floor": n * floor}
+    return {k: _to_field(site, "covariance", v, both) for k, v in parts.items()}
+
+
+def _floor(variance: Named, mean: Named) -> Named:
+    """ε^(2/3) of the variance of the data; of their mean square where they do not vary."""
+    tensor = variance.tensor
+    eps = torch.finfo(tensor.dtype).eps ** (2 / 3)
+    still = torch.where(mean.tensor == 0, torch.ones_like(tensor), mean.tensor.square())
+    return Named(eps * torch.where(tensor > 0, tensor, eps * still), variance.dims)
+
+
+_PARTS = {
+    "simplex": _counts,
+    "beta": _pair,
+    "gamma": _pair,
+    "loc": _location,
+    "precision": _precision,
+    "covariance": _scatter_matrix,
+}
+
+
+def _solve_simplex(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+    counts = sums.parts["counts"].reshape(old.shape).clamp_min(0)
+    total = counts.sum(-1, keepdim=True)
+    solved = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
+    return sums.spelling.invert(solved, old), False
+
+
+def _solve_beta(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+    a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
+    total = a + b
+    solved = torch.where(total > 0, a / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
+    return sums.spelling.invert(solved, old), False
+
+
+def _solve_gamma(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+    a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
+    now = sums.spelling.apply(old)
+    held = False
+    if "floor" in sums.parts:
+        least = (
+            sums.parts["floor"].reshape(old.shape) / 2
+        )  # a · floor: b ≥ this holds the variance b/a at the floor
+        held = bool(((b < least) & (a > 0)).any())
+        b = torch.maximum(b, least)
+    solved = torch.where((a > 0) | (b > 0), a / torch.where(b > 0, b, torch.finfo(b.dtype).tiny), now)
+    inverted = sums.spelling.invert(solved, old)
+    return torch.where((a > 0) | (b > 0), inverted, old), held
+
+
+def _solve_location(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+    moment, weight = (sums.parts[k].reshape(old.shape) for k in ("moment", "weight"))
+    step = torch.where(weight > 0, moment / torch.where(weight > 0, weight, 1.0), 0.0)
+    if sums.spelling.name == "location":
+        return old + step, False
+    return sums.spelling.invert(sums.spelling.apply(old) + step, old), False
+
+
+def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+    n, scatter, floor = (sums.parts[k].reshape(old.shape) for k in ("n", "scatter", "floor"))
+    filled = n.diagonal(dim1=-2, dim2=-1).amin(-1)[..., None, None] > 0
+    n = torch.where(filled, n, 1.0)
+    eye = torch.eye(old.shape[-1], dtype=old.dtype)
+    covariance = torch.where(filled, (scatter + scatter.mT) / 2 / n, eye)
+    least = torch.where(filled, (floor / n).diagonal(dim1=-2, dim2=-1).diag_embed(), eye / 2)
+    info = torch.linalg.cholesky_ex(covariance - least)[1]
+    held = bool((info != 0).any())
+    if held:
+        covariance = _raised(covariance, least)
+    solved = sums.spelling.invert(covariance, old)
+    return torch.where(filled, solved, old), held
+
+
+def _raised(covariance: Tensor, least: Tensor) -> Tensor:
+    """The covariance with every direction raised to the floor: the maximum of the likelihood under Σ ⪰ floor."""
+    scale = least.diagonal(dim1=-2, dim2=-1).sqrt()
+    outer = scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    values, vectors = torch.linalg.eigh(covariance / outer)
+    raised = (vectors * values.clamp_min(1.0).unsqueeze(-2)) @ vectors.mT * outer
+    return (raised + raised.mT) / 2
+
+
+_SOLVE = {
+    "simplex": _solve_simplex,
+    "beta": _solve_beta,
+    "gamma": _solve_gamma,
+    "loc": _solve_location,
+    "precision": _solve_gamma,
+    "covariance": _solve_covariance,
+}
+
+
+def _within(value: Tensor, constraint: Constraint) -> Tensor:
+    """The parameter within the bounds of an elementwise constraint, strictly where these are open."""
+    if constraint.event_dim and not hasattr(constraint, "base_constraint"):
+        return value
+    low, high = bounds(constraint)
+    if low > -torch.inf or high < torch.inf:
+        value = value.clamp(low, high)
+        if low > -torch.inf and not bool(constraint.check(torch.tensor(low, dtype=value.dtype)).all()):
+            edge = torch.nextafter(
+                torch.tensor(low, dtype=value.dtype), torch.tensor(torch.inf, dtype=value.dtype)
+            )
+            value = torch.where(value <= low, edge if low else torch.finfo(value.dtype).tiny, value)
+    return value

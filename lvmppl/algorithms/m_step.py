@@ -1,0 +1,294 @@
+"""Which parameters an M-step solves in closed form, which by gradient, and why: proposed by probing, then verified.
+
+A proposal (`probing`) is turned into a plan by rules about conflicts; the plan is then tried on a part of the data: after
+one M-step the gradient of Q(θ) = Σ_s ⟨q_s, f_s(θ)⟩, by automatic differentiation of the model itself in unconstrained
+coordinates, must vanish for every parameter that was solved. What fails goes to the gradient M-step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.closed_form import ClosedSite, Solution, solve
+from lvmppl.algorithms.evidence import chunks
+from lvmppl.algorithms.probing import PROBE_ROWS, Lookup, Proposal, Use, probe_rows, propose
+from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.statistics import Statistics, keep_dims, reference_of
+from lvmppl.density import Values, unvalidated
+from lvmppl.exact.named import Named, align, union
+from lvmppl.fitted import MStep
+
+_GROUP = {"precision": "gamma", "rate": "gamma", "covariance": "covariance", "loc": "loc"}
+
+
+class Way(NamedTuple):
+    """One use of a parameter: where, in what role, spelled how."""
+
+    site: str
+    field: str
+    group: str
+    spelling: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The M-step of a model: the sites whose statistics are wanted, and how each parameter is updated, and why."""
+
+    sites: tuple[ClosedSite, ...]
+    steps: tuple[MStep, ...]
+    complete: bool = False  # every field of every site is looked up: the model need not be run
+
+    @property
+    def closed(self) -> tuple[str, ...]:
+        return tuple(s.parameter for s in self.steps if s.how == "closed-form")
+
+    @property
+    def by_gradient(self) -> tuple[str, ...]:
+        return tuple(s.parameter for s in self.steps if s.how == "gradient")
+
+    def demote(self, names: Iterable[str], why: str) -> Plan:
+        """The plan with these parameters left to the gradient."""
+        moved = set(names)
+        steps = tuple(MStep(s.parameter, "gradient", why) if s.parameter in moved else s for s in self.steps)
+        keep = {s.parameter for s in steps if s.how == "closed-form"}
+        sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))
+        return Plan(sites, steps, self.complete)
+
+
+def plan_m_step(problem: Problem) -> Plan:
+    """Propose, then verify on a part of the data at the start values."""
+    plan = _proposed(problem)
+    return verified(problem, plan, problem.initial)
+
+
+def describe_m_step(problem: Problem) -> list[tuple[str, str, str]]:
+    """(parameter, `closed-form` | `gradient` | `fixed`, why) for every parameter of the model."""
+    with unvalidated():
+        return [tuple(step) for step in plan_m_step(problem).steps]  # type: ignore[misc]
+
+
+def _proposed(problem: Problem) -> Plan:
+    try:
+        proposal = propose(problem)
+    except Exception as error:  # the model may refuse values it was never meant to see
+        why = f"the model does not run at probe values ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        return Plan((), tuple(_step(problem, n, "gradient", why) for n in problem.theta))
+    return _Rules(problem, proposal).plan()
+
+
+def _step(problem: Problem, name: str, how: str, why: str) -> MStep:
+    return MStep(name, "fixed", "frozen") if name in problem.frozen else MStep(name, how, why)
+
+
+class _Rules:
+    """From a proposal to a plan: conflicts send a parameter to the gradient, each with its reason."""
+
+    def __init__(self, problem: Problem, proposal: Proposal) -> None:
+        self.problem, self.proposal = problem, proposal
+        self.why: dict[str, str] = {}
+        self.ways: dict[str, list[Way]] = {n: [] for n in problem.theta}
+        self.weighted: set[str] = set()
+
+    def plan(self) -> Plan:
+        self._collect()
+        for name, ways in self.ways.items():
+            self._check_ways(name, ways)
+        self._check_locations()
+        self._check_spreads()
+        sites = tuple(
+            self._site(name, use) for name, use in self.proposal.uses.items() if self._is_wanted(use)
+        )
+        looked_up = all(use.is_looked_up for use in self.proposal.uses.values())
+        return Plan(
+            sites,
+            tuple(self._describe(n) for n in self.problem.theta),
+            looked_up and not self.proposal.opaque,
+        )
+
+    def _collect(self) -> None:
+        for site, (family, names) in self.proposal.opaque.items():
+            for name in names:
+                self._refuse(name, f"enters '{site}' ({family}), which has no closed form")
+        for site, use in self.proposal.uses.items():
+            for field, lookup in use.lookups.items():
+                if lookup is None or self._is_by_row(lookup):
+                    reason = (
+                        "is chosen by the data"
+                        if lookup is not None
+                        else "is computed from it, not looked up"
+                    )
+                    for name in use.depends[field]:
+                        self._refuse(name, f"{field} of '{site}' {reason}")
+                    continue
+                for name in lookup.names:
+                    assert lookup.spelling is not None
+                    group = _GROUP.get(field, use.reading.kind)
+                    self.ways[name].append(Way(site, field, group, lookup.spelling.name))
+
+    def _is_by_row(self, lookup: Lookup) -> bool:
+        """Entries that vary along the data: known only for the rows probed."""
+        plate = self.problem.data_plate
+        return plate in lookup.dims and sum(1 for _ in chunks(self.problem)) > 1
+
+    def _refuse(self, name: str, why: str) -> None:
+        self.why.setdefault(name, why)
+
+    def _check_ways(self, name: str, ways: list[Way]) -> None:
+        if self.problem.model.specs[name].is_table:
+            self._refuse(name, "has a row for every datum")
+        kinds = {(w.group, w.spelling) for w in ways}
+        if len(kinds) > 1:
+            listing = " and ".join(dict.fromkeys(f"{w.field} of '{w.site}' ({w.spelling})" for w in ways))
+            self._refuse(name, f"is used in two ways: {listing}")
+
+    def _check_locations(self) -> None:
+        """A location has a closed form if its precision is one number over its uses, or known."""
+        seen: dict[str, dict[int, set[object]]] = {}
+        for site, use in self.proposal.uses.items():
+            lookup = use.lookups.get("loc")
+            if lookup is None or not lookup.names:
+                continue
+            key = "precision" if use.reading.kind == "normal" else "covariance"
+            for name, entries in _precisions_by_entry(site, use, lookup, key, self.problem).items():
+                own = seen.setdefault(name, {})
+                for entry, found in entries.items():
+                    own.setdefault(entry, set()).update(found)
+        for name, by_entry in seen.items():
+            several = {i for found in by_entry.values() if len(found) > 1 for i in found}
+            if not several:
+                continue
+            fitted = sorted({str(i[0]) for i in several if isinstance(i, tuple) and not self._is_fixed(i[0])})
+            if fitted or any(
+                w.group == "loc" and self.proposal.uses[w.site].reading.kind == "mvn" for w in self.ways[name]
+            ):
+                self._refuse(name, f"its uses differ in their scale ({', '.join(fitted) or 'matrices'})")
+            else:
+                self.weighted.add(name)
+
+    def _is_fixed(self, name: object) -> bool:
+        return name in self.problem.frozen
+
+    def _check_spreads(self) -> None:
+        for site, use in self.proposal.uses.items():
+            location = use.lookups.get("loc")
+            if "loc" not in use.lookups or (location is not None and not self._is_by_row(location)):
+                continue
+            for field in ("precision", "covariance"):
+                lookup = use.lookups.get(field)
+                for name in lookup.names if lookup is not None else ():
+                    self._refuse(name, f"the location of '{site}' is computed, not looked up")
+
+    def _is_wanted(self, use: Use) -> bool:
+        names = {n for f in use.lookups.values() if f is not None for n in f.names}
+        return any(self._how(n) == "closed-form" for n in names)
+
+    def _site(self, name: str, use: Use) -> ClosedSite:
+        lookups = {k: f for k, f in use.lookups.items() if f is not None and not self._is_by_row(f)}
+        sizes = {d for f in lookups.values() for d in f.dims}
+        keep = tuple(d for d in keep_dims(use.reading) if d in sizes)
+        located = use.reading.kind in ("normal", "mvn")
+        reference, variance = reference_of(use.reading) if located else (None, None)
+        names = lookups["loc"].names if "loc" in lookups else ()
+        weighted = any(n in self.weighted for n in names)
+        return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted)
+
+    def _how(self, name: str) -> str:
+        if name in self.problem.frozen or (not self.ways[name] and name not in self.why):
+            return "fixed"
+        return "gradient" if name in self.why else "closed-form"
+
+    def _describe(self, name: str) -> MStep:
+        how = self._how(name)
+        if how == "gradient":
+            return MStep(name, how, self.why[name])
+        if how == "fixed":
+            return MStep(name, how, "frozen" if name in self.problem.frozen else "no site depends on it")
+        where = ", ".join(dict.fromkeys(f"{w.field} of '{w.site}'" for w in self.ways[name]))
+        return MStep(name, how, f"{self.ways[name][0].spelling}: {where}")
+
+
+def _precisions_by_entry(
+    site: str, use: Use, lookup: Lookup, key: str, problem: Problem
+) -> dict[str, dict[int, set[object]]]:
+    """For each location entry of each parameter: the identities of the precisions it meets at this site."""
+    other, named = use.lookups[key], use.reading.fields[key]
+    core = 1 if key == "covariance" else 0
+    if other is None:
+        ids, dims = torch.arange(named.tensor.numel()).reshape(named.tensor.shape), named.dims
+    else:
+        ids, dims = other.index, other.dims
+    if core:
+        ids, dims = ids[..., 0, 0], dims[:-2]
+    own, own_dims = (lookup.index[..., 0], lookup.dims[:-1]) if core else (lookup.index, lookup.dims)
+    every = union((own_dims, dims))
+    pairs = torch.broadcast_tensors(align(Named(own, own_dims), every), align(Named(ids, dims), every))
+    constant = torch.zeros(()) if other is None else other.constant[..., 0, 0] if core else other.constant
+    levels = torch.broadcast_to(align(Named(constant, dims if constant.dim() else ()), every), pairs[0].shape)
+    flat = torch.stack(
+        [pairs[0].flatten().double(), pairs[1].flatten().double(), levels.flatten().double()], 1
+    ).unique(dim=0)
+    sizes = [problem.initial[n].numel() for n in lookup.names]
+    result: dict[str, dict[int, set[object]]] = {n: {} for n in lookup.names}
+    for entry, identity, level in flat.tolist():
+        if entry < 0:
+            continue
+        name, offset = _owner(lookup.names, sizes, int(entry))
+        if other is None:
+            label: object = (f"{key} of '{site}'", int(identity))
+        elif identity < 0:
+            label = level
+        else:
+            spread = [problem.initial[n].numel() for n in other.names]
+            label = _owner(other.names, spread, int(identity))
+        result[name].setdefault(offset, set()).add(label)
+    return result
+
+
+def _owner(names: tuple[str, ...], sizes: list[int], entry: int) -> tuple[str, int]:
+    for name, size in zip(names, sizes, strict=True):
+        if entry < size:
+            return name, entry
+        entry -= size
+    raise AssertionError("an index points into its parameters")
+
+
+# ------------------------------------------------------------------------------------------------- carrying it out
+
+
+def solve_closed(
+    problem: Problem, plan: Plan, values: Values, statistics: Mapping[str, Statistics]
+) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """θ with the closed-form parameters at their maximum, and the names of those that a floor holds."""
+    if not plan.closed:
+        return dict(values), frozenset()
+    led = {n: v.unsqueeze(0) for n, v in values.items()}
+    done: Solution = solve(plan.sites, problem.model.specs, plan.closed, led, statistics)
+    return {n: v.squeeze(0) for n, v in done.values.items()}, done.floored
+
+
+# ---------------------------------------------------------------------------------------------------- verification
+
+
+def verified(problem: Problem, plan: Plan, values: Values) -> Plan:
+    """The plan less the parameters whose gradient of Q does not vanish after an M-step from `values`."""
+    from lvmppl.algorithms.stationarity import not_stationary
+
+    data, _ = probe_rows(problem)
+    part = replace(problem, data=data) if len(next(iter(data.values()))) < problem.num_rows else problem
+    for _ in range(len(problem.theta)):
+        if not plan.closed:
+            return plan
+        wrong = not_stationary(part, plan, values)
+        if not wrong:
+            return plan
+        for name, why in wrong.items():
+            plan = plan.demote([name], why)
+    return plan
+
+
+__all__ = ["PROBE_ROWS", "MStep", "Plan", "describe_m_step", "plan_m_step", "solve_closed", "verified"]

@@ -1,0 +1,117 @@
+"""Whether an M-step arrived: the gradient of Q by automatic differentiation through the model itself.
+
+Coordinates are unconstrained ones up to a factor: for a simplex those of the softmax, p (G − ⟨p, G⟩), for bounds l < θ < u
+those of the logarithm or the logit; elsewhere Pyro's own. At a boundary (an exact zero, a bound that a solution was
+moved to, a variance held at its floor) they vanish on their own, and the condition is that of Karush, Kuhn & Tucker: the
+gradient must not point inwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.distributions import transform_to
+from torch.distributions.constraints import Constraint
+
+from lvmppl.algorithms.expected import Weights, e_step, expected_log_joint
+from lvmppl.algorithms.m_step import Plan, solve_closed
+from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.spellings import bounds
+from lvmppl.density import Values
+
+RELATIVE = 1e-8  # of the gradient of Q a tenth of the way off
+_ROUNDING = {torch.float64: 1.0, torch.float32: 2e4}  # by how much looser, by dtype
+
+
+def not_stationary(problem: Problem, plan: Plan, values: Values) -> dict[str, str]:
+    """Closed-form parameters whose gradient does not vanish after one M-step from `values`, with the reason."""
+    _, weights, statistics = e_step(problem, values, plan.sites)
+    solved, floored = solve_closed(problem, plan, values, statistics)
+    names = [n for n in plan.closed if n not in floored]
+    here = _gradients(problem, solved, weights, plan.closed)
+    there = _gradients(problem, _perturbed(problem, solved, plan.closed), weights, plan.closed)
+    wrong = {}
+    for name in names:
+        residual, scale = float(here[name].abs().max()), float(there[name].abs().max())
+        limit = RELATIVE * _ROUNDING.get(solved[name].dtype, 1.0) * scale
+        if not residual <= max(limit, 1e-300):
+            ratio = residual / scale if scale else float("inf")
+            wrong[name] = (
+                f"a lookup that does not maximise Q (relative gradient {ratio:.1e} after the M-step)"
+            )
+    return wrong
+
+
+def _gradients(
+    problem: Problem, values: Values, weights: Weights, names: tuple[str, ...]
+) -> dict[str, Tensor]:
+    leaves = {n: values[n].detach().clone().requires_grad_() for n in names}
+    with torch.enable_grad():
+        total = expected_log_joint(problem, {**values, **leaves}, weights)
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    grads = (torch.zeros_like(v) if g is None else g for v, g in zip(leaves.values(), found, strict=True))
+    specs = problem.model.specs
+    return {n: _in_coordinates(values[n], g, specs[n].constraint) for n, g in zip(names, grads, strict=True)}
+
+
+def _in_coordinates(value: Tensor, grad: Tensor, constraint: Constraint) -> Tensor:
+    """The gradient in unconstrained coordinates; at a boundary the part of it that points inwards."""
+    if type(constraint).__name__.lstrip("_") == "Simplex":
+        inner = torch.where(value > 0, grad, 0.0)
+        return value * (inner - (value * inner).sum(-1, keepdim=True))
+    if constraint.event_dim == 0 or hasattr(constraint, "base_constraint"):
+        low, high = bounds(constraint)
+        below, above = value - low, high - value
+        tiny = torch.finfo(value.dtype).tiny
+        at_low, at_high = below <= tiny, above <= tiny
+        width = torch.where(torch.isfinite(below), below.clamp_max(1.0), 1.0) if high < torch.inf else below
+        factor = torch.ones_like(value)
+        if low > -torch.inf:
+            factor = factor * below
+        if high < torch.inf:
+            factor = factor * above
+        del width
+        inwards = torch.where(at_low, grad.clamp_min(0), torch.where(at_high, (-grad).clamp_min(0), 0.0))
+        return torch.where(at_low | at_high, inwards, factor * grad)
+    transform = transform_to(constraint)
+    with torch.enable_grad():
+        free = transform.inv(value).detach().requires_grad_()
+        (result,) = torch.autograd.grad(transform(free), free, grad)
+    return result
+
+
+def _perturbed(problem: Problem, values: Values, names: tuple[str, ...]) -> dict[str, Tensor]:
+    """Values a tenth of the way off, to say what a large gradient of Q is."""
+    generator = torch.Generator().manual_seed(3)
+    result: dict[str, Tensor] = dict(values)
+    for name in names:
+        value, constraint = values[name], problem.model.specs[name].constraint
+        noise = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        result[name] = _moved(value, constraint, noise)
+    return result
+
+
+def _moved(value: Tensor, constraint: Constraint, noise: Tensor) -> Tensor:
+    name = type(constraint).__name__.lstrip("_")
+    if name == "Simplex":
+        other = torch.softmax(noise, -1)
+        return 0.9 * value + 0.1 * other
+    if value.dim() >= 2 and name in (
+        "PositiveDefinite",
+        "PositiveSemidefinite",
+        "LowerCholesky",
+        "SoftplusLowerCholesky",
+    ):
+        mix = torch.eye(value.shape[-1], dtype=value.dtype) + 0.05 * noise.tril()
+        return mix @ value if "Cholesky" in name else mix @ value @ mix.mT
+    low, high = bounds(constraint)
+    if low > -torch.inf and high < torch.inf:
+        return 0.9 * value + 0.1 * (low + (high - low) * torch.sigmoid(noise))
+    if low > -torch.inf:
+        return low + (value - low + 1e-3 * (value - low).abs().mean()) * torch.exp(0.1 * noise)
+    return value + 0.1 * (1 + value.abs()) * noise
+
+
+__all__ = ["Mapping", "not_stationary"]

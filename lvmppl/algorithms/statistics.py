@@ -1,0 +1,195 @@
+"""Expected sufficient statistics of a site: ⟨q, t(x)⟩ summed down to the shape of the distribution's parameters.
+
+A statistic keeps the axes of the site's fields (`keep`: a few states, an event axis) and sums over all others, the data
+first, as a matrix product; nothing of the size data × states × features is built. Locations are subtracted from a
+reference value first: sums of squares cancel badly otherwise.
+
+Shapes: `RESTART` may lead the axes of q, and then leads those of the statistics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lvmppl.exact.named import Named, align, union
+from lvmppl.exponential import CATEGORY, ROW, Reading
+
+RESTART = "·restart"
+PACKED = "·p"
+"""The axis of the entries of a symmetric matrix on and above its diagonal."""
+
+Statistics = dict[str, Named]
+
+
+def keep_dims(reading: Reading) -> tuple[str, ...]:
+    """Batch axes of the fields."""
+    return tuple(d for d in union(n.dims for n in reading.fields.values()) if d[:1] != "·" or d[1:].isdigit())
+
+
+def accumulate(reading: Reading, q: Named, keep: Sequence[str], reference: Named | None) -> Statistics:
+    """The statistics of one site on the rows at hand, by kind.
+
+    simplex: `counts` [keep, ·v]. beta, gamma: `a`, `b` [keep]. normal: `n`, `first`, `second` about `reference`. mvn: the
+    same, with `·i` and packed `·p` axes.
+    """
+    mask = reading.mask()
+    if mask is not None:
+        q = _times(q, mask)
+    value_dims = reading.named(reading.value, reading.core_rank).dims
+    if reading.kind == "simplex":
+        return {"counts": _counts(reading, q, keep)}
+    parts = reading.statistics()
+    if reading.kind in ("beta", "gamma"):
+        return {key: contract(q, t, keep, value_dims, parts) for key, t in zip("ab", parts, strict=True)}
+    assert reference is not None
+    centred = _minus(parts[0], reference)
+    one = Named(torch.ones((), dtype=q.tensor.dtype), ())
+    n = contract(q, one, keep, tuple(d for d in value_dims if d != ROW), parts)
+    if reading.kind == "normal":
+        first = contract(q, centred, keep, value_dims, parts)
+        squares = Named(centred.tensor.square(), centred.dims)
+        return {"n": n, "first": first, "second": contract(q, squares, keep, value_dims, parts)}
+    first = contract(q, centred, (*keep, ROW), value_dims, parts)
+    second = contract(
+        q, Named(packed(centred.tensor), (*centred.dims[:-1], PACKED)), (*keep, PACKED), value_dims, parts
+    )
+    return {"n": n, "first": first, "second": second}
+
+
+def contract(
+    q: Named, t: Named, keep: Sequence[str], value_dims: Sequence[str] = (), parts: Sequence[Named] = ()
+) -> Named:
+    """Σ q t over all axes but `keep` (and `RESTART`).
+
+    An event axis of the value that neither q, nor t, nor `keep` has multiplies the sum by its size.
+    """
+    keep = (RESTART, *keep)
+    q = _sum_to(q, {*t.dims, *keep})
+    t = _sum_to(t, {*q.dims, *keep})
+    dims = tuple(d for d in keep if d in q.dims or d in t.dims)
+    letters = {d: i for i, d in enumerate(union((q.dims, t.dims)))}
+    if not t.dims or not q.dims:
+        tensor = q.tensor * t.tensor
+        result = Named(tensor, q.dims or t.dims)
+        tensor, dims = align(result, dims), dims
+    else:
+        sub = [[letters[d] for d in n.dims] for n in (q, t)]
+        tensor = torch.einsum(q.tensor, sub[0], t.tensor, sub[1], [letters[d] for d in dims])
+    sizes = {d: s for p in parts for d, s in zip(p.dims, p.tensor.shape, strict=True)}
+    lost = prod(
+        sizes.get(d, 1)
+        for d in value_dims
+        if d not in keep and d not in q.dims and d not in t.dims and _is_event(d)
+    )
+    return Named(tensor * lost if lost != 1 else tensor, dims)
+
+
+def _is_event(dim: str) -> bool:
+    return dim[:1] == "·" and dim[1:].isdigit()
+
+
+def _sum_to(named: Named, dims: set[str]) -> Named:
+    axes = [i for i, d in enumerate(named.dims) if d not in dims]
+    if not axes:
+        return named
+    return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d in dims))
+
+
+def _times(a: Named, b: Named) -> Named:
+    dims = union((a.dims, b.dims))
+    return Named(align(a, dims) * align(b, dims), dims)
+
+
+def _minus(a: Named, b: Named) -> Named:
+    dims = tuple(d for d in a.dims if d != ROW) + ((ROW,) if ROW in a.dims else ())
+    missing = tuple(d for d in b.dims if d not in dims)
+    assert not missing, "a reference has event axes of the value only"
+    return Named(align(a, dims) - align(b, dims), dims)
+
+
+def packed(y: Tensor) -> Tensor:
+    """y_i y_j for i ≤ j: [..., D] → [..., D (D + 1)/2]."""
+    size = y.shape[-1]
+    i, j = torch.triu_indices(size, size)
+    return y.index_select(-1, i).mul_(y.index_select(-1, j))
+
+
+def unpacked(p: Tensor) -> Tensor:
+    """The symmetric matrix of packed entries: [..., P] → [..., D, D]."""
+    size = int(((8 * p.shape[-1] + 1) ** 0.5 - 1) / 2 + 0.5)
+    i, j = torch.triu_indices(size, size)
+    matrix = p.new_zeros(*p.shape[:-1], size, size)
+    matrix[..., i, j] = p
+    matrix[..., j, i] = p
+    return matrix
+
+
+def _counts(reading: Reading, q: Named, keep: Sequence[str]) -> Named:
+    """Expected counts of each category [keep, V]."""
+    size = reading.fields["probs"].tensor.shape[-1]
+    if not reading.labels:
+        (t,) = reading.statistics()
+        return contract(q, t, (*keep, CATEGORY), t.dims, (t,))
+    labels = reading.named(reading.value)
+    if (
+        len(labels.dims) == 1
+        and labels.dims[0] not in keep
+        and _is_support(labels.tensor, size, q, labels.dims[0])
+    ):
+        state = labels.dims[0]
+        renamed = Named(q.tensor, tuple(CATEGORY if d == state else d for d in q.dims))
+        dims = tuple(d for d in (RESTART, *keep) if d in q.dims) + (CATEGORY,)
+        return Named(align(_sum_to(renamed, set(dims)), dims), dims)
+    return _count_labels(labels, size, q, keep)
+
+
+def _is_support(labels: Tensor, size: int, q: Named, dim: str) -> bool:
+    return dim in q.dims and len(labels) == size and bool(torch.equal(labels, torch.arange(size)))
+
+
+def _count_labels(labels: Named, size: int, q: Named, keep: Sequence[str]) -> Named:
+    shared = tuple(d for d in keep if d in labels.dims)
+    lone = tuple(d for d in labels.dims if d not in keep)
+    q = _sum_to(q, {RESTART, *keep, *labels.dims})
+    rest = tuple(d for d in (RESTART, *keep) if d in q.dims and d not in shared)
+    sizes = dict(zip(labels.dims, labels.tensor.shape, strict=True))
+    sizes.update(zip(q.dims, q.tensor.shape, strict=True))
+    index = align(Named(labels.tensor.long(), labels.dims), (*shared, *lone)).reshape(
+        prod(sizes[d] for d in shared), -1
+    )
+    weight = align(q, (*shared, *lone, *rest))
+    weight = weight.expand(*(sizes[d] for d in (*shared, *lone)), *(sizes[d] for d in rest))
+    weight = weight.reshape(len(index), index.shape[1], -1)
+    result = weight.new_zeros(len(index), size, weight.shape[-1])
+    for row in range(len(index)):
+        result[row].index_add_(0, index[row], weight[row])
+    shape = [sizes[d] for d in shared] + [size] + [sizes[d] for d in rest]
+    dims = (*shared, CATEGORY, *rest)
+    final = tuple(d for d in (RESTART, *keep) if d in dims) + (CATEGORY,)
+    return Named(align(Named(result.reshape(shape), dims), final), final)
+
+
+def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
+    """Sums of two pieces of the data."""
+    if total is None:
+        return part
+    return {k: Named(total[k].tensor + align(part[k], total[k].dims), total[k].dims) for k in part}
+
+
+def reference_of(reading: Reading) -> tuple[Named, Named]:
+    """(mean, variance) of the data of a normal or mvn site, over all but its event axes."""
+    (x,) = reading.statistics()
+    dims = tuple(d for d in x.dims if _is_event(d)) + ((ROW,) if ROW in x.dims else ())
+    axes = [i for i, d in enumerate(x.dims) if d not in dims]
+    mean = x.tensor.mean(axes) if axes else x.tensor
+    variance = x.tensor.var(axes, correction=0) if axes else torch.zeros_like(x.tensor)
+    kept = tuple(d for d in x.dims if d in dims)
+    return Named(mean, kept), Named(variance, kept)
+
+
+def sizes_of(parts: Mapping[str, Named]) -> dict[str, int]:
+    return {d: s for n in parts.values() for d, s in zip(n.dims, n.tensor.shape, strict=True)}
