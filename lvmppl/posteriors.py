@@ -13,16 +13,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl.density import Factor, Variable
+from lvmppl.density import Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import InputError
+from lvmppl.exact.chains import Group, entropies, has_chains, split
 from lvmppl.exact.elimination import Elimination, Step, eliminate
-from lvmppl.exact.named import Named, add, align, log_sum_exp
+from lvmppl.exact.named import Named, align, log_sum_exp
 
 
 class Mode(NamedTuple):
@@ -83,7 +85,10 @@ class Posterior:
     # --------------------------------------------------------------------------------------------- marginals
 
     def probabilities(self, site: str) -> Tensor:
-        """p(z_site = k | x), [*plates, K] with plates outermost first; all zero for an impossible datum."""
+        """p(z_site = k | x), [*plates, K] with plates outermost first; all zero for an impossible datum.
+
+        Of a Markov chain [*plates, T, K], zero beyond a sequence's length.
+        """
         (table,) = self._marginal_tables([(site,)])
         return table.movedim(0, -1)
 
@@ -91,13 +96,37 @@ class Posterior:
         """The marginal of one site, `.probs` [*plates, K], over the indices of its support."""
         return categorical_of(self.probabilities(site))
 
-    def pair_marginal(self, first: str, second: str) -> Tensor:
-        """p(z_first = j, z_second = k | x), [*plates of both, J, K]."""
-        self._check(first, second)
-        if first == second:
-            raise InputError("pair_marginal", "two different sites", f"'{first}' twice", "use marginal(site)")
+    def pair_marginal(self, first: str, second: str | None = None) -> Tensor:
+        """p(z_first = j, z_second = k | x), [*plates of both, J, K].
+
+        Of one Markov chain: of its consecutive states (z_t = j, z_{t+1} = k), [*plates, T − 1, K, K]; of a chain and
+        another site: step by step, [*plates, T, J, K].
+        """
+        self._check(first, *([] if second is None else [second]))
+        if second is None or second == first:
+            if self.variables[first].steps is None:
+                raise InputError("pair_marginal", "two different sites, or a Markov chain", f"'{first}'", "use marginal(site)")
+            return self._consecutive(first)
         (table,) = self._marginal_tables([(first, second)])
         return table.movedim(0, -1).movedim(0, -1)
+
+    def _consecutive(self, chain: str) -> Tensor:
+        """∂ log Z / ∂ (a zero transition factor of its own for every sequence and step)."""
+        variable = self.variables[chain]
+        steps, states = variable.steps or 1, variable.size
+        plates = list(variable.plates)
+        like = self.factors[0].log_prob
+        lead = [self.plate_sizes[p] for p in plates]
+        if steps == 1:
+            return like.new_zeros(*lead, 0, states, states)
+        zero = torch.zeros(*lead, steps - 1, states, states, dtype=like.dtype, device=like.device, requires_grad=True)
+        scale, scale_dims = self._scale_of(chain)
+        dims = (*plates, *chain_axes(chain, steps))
+        extra = Factor(f"{chain}·transition", zero, dims, frozenset(plates), scale, scale_dims)
+        with torch.enable_grad():
+            total = self._eliminate([extra], straight_through=True).total
+            (grad,) = torch.autograd.grad(total, [zero])
+        return grad
 
     def _marginal_tables(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor]:
         """Joint marginals of each group: ∂ log Z / ∂ (a zero log-factor over the group), variables leading."""
@@ -106,15 +135,15 @@ class Posterior:
             total = self._eliminate(zeros, straight_through=True).total
             grads = torch.autograd.grad(total, [z.log_prob for z in zeros], allow_unused=True)
         tables = []
-        for zero, grad, group in zip(zeros, grads, groups, strict=True):
-            table = torch.zeros_like(zero.log_prob) if grad is None else grad
-            tables.append(self._with_unit_axes(table.detach(), zero.dims, group))
+        for zero, grad in zip(zeros, grads, strict=True):
+            tables.append((torch.zeros_like(zero.log_prob) if grad is None else grad).detach())
         return tables
 
     def _zero_factor(self, group: tuple[str, ...]) -> Factor:
         self._check(*group)
         plates = self._plates_of(group)
-        dims = (*group, *plates)
+        steps = {self.variables[n].steps for n in group} - {None}
+        dims = (*group, *plates, *(time_axis(t) for t in steps if t is not None))
         like = self.factors[0].log_prob
         shape = [self.variables[d].size if d in self.variables else self.plate_sizes[d] for d in dims]
         zero = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
@@ -124,9 +153,6 @@ class Posterior:
     def _scale_of(self, site: str) -> tuple[float | Tensor, tuple[str, ...]]:
         own = next(f for f in self.factors if f.site == site)
         return own.scale, own.scale_dims
-
-    def _with_unit_axes(self, table: Tensor, dims: tuple[str, ...], group: tuple[str, ...]) -> Tensor:
-        return table
 
     def _plates_of(self, group: Sequence[str]) -> list[str]:
         return list(dict.fromkeys(p for name in group for p in self.variables[name].plates))
@@ -143,6 +169,8 @@ class Posterior:
         """The joint maximum a posteriori assignment z* and log p(z* | x); ties go to the lowest state."""
         tape = self._eliminate(maximise=True).tape
         states = self._walk(tape, 1, lambda logits: logits.argmax(0))
+        for group in self._chain_groups:
+            states.update(zip(group.names, group.given(states, self._plate_order, self.plate_sizes).mode(), strict=True))
         return Mode(self._as_support(states, squeeze=True), self._log_prob_of(states).squeeze(0))
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
@@ -155,6 +183,9 @@ class Posterior:
             return (weights <= uniform * weights[-1]).sum(0).clamp_max(logits.shape[0] - 1)
 
         states = self._walk(self._elimination.tape, num_samples, draw)
+        for group in self._chain_groups:
+            drawn = group.given(states, self._plate_order, self.plate_sizes).sample(num_samples, generator)
+            states.update(zip(group.names, drawn, strict=True))
         return self._as_support(states, squeeze=False)
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
@@ -163,7 +194,8 @@ class Posterior:
         if missing:
             raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
         single = all(
-            torch.as_tensor(assignment[n]).dim() <= len(v.plates) + v.support.dim() - 1 for n, v in self.variables.items()
+            torch.as_tensor(assignment[n]).dim() <= len(v.plates) + v.support.dim() - (v.steps is None)
+            for n, v in self.variables.items()
         )
         states = {n: self._as_index(n, torch.as_tensor(assignment[n])) for n in self.variables}
         result = self._log_prob_of(states)
@@ -184,7 +216,26 @@ class Posterior:
             local = Named(terms.sum(axes), tuple(d for d in step.clique.dims if d not in self.variables))
             part = self._per_datum(local, step.plates, already_summed=True)
             total = part if total is None else total + part
+        for group in self._chain_groups:
+            part = self._group_entropy(group)
+            total = part if total is None else total + part
         return self._zeros(()) if total is None else total
+
+    def _group_entropy(self, group: Group) -> Tensor:
+        """E H[sequences | other sites]: the entropies of the batch, weighted by the marginal of the other sites."""
+        table = Named(entropies(group), group.batch)
+        others = tuple(d for d in group.batch if d in self.variables)
+        if others:
+            (weights,) = self._marginal_tables([others])
+            dims = (*others, *self._plates_of(others))
+            joined = tuple(dict.fromkeys((*others, *dims, *group.batch)))
+            product = align(table, joined) * align(Named(weights, dims), joined)
+            table = Named(product.sum(tuple(range(len(others)))), joined[len(others) :])
+        absent = [p for p in group.plates if p not in table.dims and p != self.data_plate]
+        table = Named(table.tensor * prod(self.plate_sizes[p] for p in absent), table.dims)
+        if self.data_plate in group.plates and self.data_plate not in table.dims:
+            table = Named(table.tensor * self.plate_sizes[self.data_plate], table.dims)
+        return self._per_datum(table, group.plates, already_summed=True)
 
     def conditionals(self, first: Sequence[str] = ()) -> list[tuple[str, Named, frozenset[str]]]:
         """log p(z_v | x, later ones) for every site, in the order of elimination (sites in `first` go first)."""
@@ -193,7 +244,18 @@ class Posterior:
 
     @cached_property
     def _plate_order(self) -> list[str]:
-        return sorted(self.plate_sizes)
+        return sorted({p for v in self.variables.values() for p in v.plates} | set(self._own_plates))
+
+    @property
+    def _own_plates(self) -> set[str]:
+        return {p for f in self.factors for p in f.plates}
+
+    @cached_property
+    def _chain_groups(self) -> list[Group]:
+        if not has_chains(self.variables):
+            return []
+        with torch.no_grad():
+            return split(self.factors, self.variables, self.plate_sizes)[1]
 
     def _walk(self, tape: Sequence[Step], num_samples: int, choose: object) -> dict[str, Tensor]:
         """States by site, [S, *all plates (size 1 where it has none)], chosen from each conditional in reverse order."""
@@ -203,6 +265,8 @@ class Posterior:
             shape = [logits.shape[0], num_samples, *(self.plate_sizes[p] if p in step.plates else 1 for p in order)]
             chosen[step.variable] = choose(logits.expand(shape))  # type: ignore[operator]
         for name, variable in self.variables.items():  # sites with a single state never enter the tape
+            if variable.steps is not None:
+                continue
             shape = [num_samples, *(self.plate_sizes[p] if p in variable.plates else 1 for p in order)]
             chosen.setdefault(name, torch.zeros(shape, dtype=torch.long))
         return chosen
@@ -217,6 +281,12 @@ class Posterior:
             value = table.expand(-1, *shape).gather(0, own.expand(1, *shape)).squeeze(0)
             value = value.expand(shape[0], *(self.plate_sizes[p] if p in step.plates else 1 for p in order))
             part = self._per_datum(Named(value, ("", *order)), step.plates)
+            total = part if total is None else total + part
+        for group in self._chain_groups:
+            given = group.given(states, order, self.plate_sizes)
+            value = given.log_prob([states[n].flatten(1, -2).reshape(-1, *given.shape[1:], states[n].shape[-1]) for n in group.names])
+            plates = [p for p in order if p in group.plates]
+            part = self._per_datum(Named(value, ("", *plates)), group.plates)
             total = part if total is None else total + part
         return self._zeros((1,)) if total is None else total
 
@@ -242,16 +312,18 @@ class Posterior:
         for name, variable in self.variables.items():
             index = states[name]
             drop = [1 + i for i, p in enumerate(self._plate_order) if p not in variable.plates]
-            index = index.squeeze(drop) if drop else index
+            if variable.steps is None:  # a chain's states come with its own plates only
+                index = index.squeeze(drop) if drop else index
             have = [p for p in self._plate_order if p in variable.plates]
-            index = index.permute(0, *(1 + have.index(p) for p in variable.plates))
-            values = variable.support[index]
+            tail = range(1 + len(have), index.dim())  # the steps of a chain
+            index = index.permute(0, *(1 + have.index(p) for p in variable.plates), *tail)
+            values = index if variable.steps is not None else variable.support[index]
             result[name] = values.squeeze(0) if squeeze else values
         return result
 
     def _as_index(self, name: str, value: Tensor) -> Tensor:
         variable = self.variables[name]
-        event = variable.support.dim() - 1
+        event = variable.support.dim() - 1 if variable.steps is None else 1
         lead = value.dim() - event - len(variable.plates)
         if lead not in (0, 1):
             raise InputError(
@@ -260,6 +332,11 @@ class Posterior:
                 f"shape {tuple(value.shape)}",
             )
         value = value if lead else value.unsqueeze(0)
+        if variable.steps is not None:
+            if bool((value < 0).any()) or bool((value >= variable.size).any()):
+                raise InputError(f"log_prob: site '{name}'", f"states from 0 to {variable.size - 1}", "others")
+            have = [p for p in self._plate_order if p in variable.plates]
+            return value.long().permute(0, *(1 + variable.plates.index(p) for p in have), value.dim() - 1)
         flat = variable.support.reshape(variable.size, *[1] * (value.dim() - event), *variable.support.shape[1:])
         match = flat == value.unsqueeze(0)
         match = match.flatten(match.dim() - event).all(-1) if event else match
@@ -283,7 +360,15 @@ class Posterior:
 
     def _site_frame(self, site: str, table: Tensor) -> pd.DataFrame:
         variable = self.variables[site]
-        return probability_frame(site, table.movedim(0, -1), variable.plates, self.data_plate)
+        if variable.steps is None:
+            return probability_frame(site, table.movedim(0, -1), variable.plates, self.data_plate)
+        frame = probability_frame(site, table.movedim(0, -1), (*variable.plates, time_axis(variable.steps)), self.data_plate)
+        if variable.lengths is None:
+            return frame
+        shape = [self.plate_sizes[p] for p in variable.plates]
+        lengths = align(Named(variable.lengths, variable.lengths_dims), variable.plates).expand(shape)
+        inside = torch.arange(variable.steps) < lengths.unsqueeze(-1)  # rows beyond a length do not exist
+        return frame[inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size).reshape(-1).numpy()]
 
 
 def probability_frame(site: str, probs: Tensor, plates: Sequence[str], data_plate: str | None) -> pd.DataFrame:
@@ -346,4 +431,4 @@ def _with_gradient(factor: Factor) -> Factor:
     return Factor(factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed)
 
 
-__all__ = ["Mode", "Posterior", "add", "align", "probability_frame"]
+__all__ = ["Mode", "Posterior", "categorical_of", "probability_frame"]

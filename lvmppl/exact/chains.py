@@ -69,6 +69,90 @@ class Group:
             return kernel.viterbi(*self.as_one(), self.lengths)[1]
 
 
+    def given(self, states: Mapping[str, Tensor], order: Sequence[str], plate_sizes: Mapping[str, int]) -> Given:
+        """The group as single chains at chosen states of the other sites in its batch.
+
+        states: [S, *plates in `order`, size 1 where a site has none]. The batch of the result is S × the group's plates.
+        """
+        initial, transition, emission = self.as_one()
+        others = [d for d in self.batch if d in states]
+        samples = max([states[d].shape[0] for d in others], default=1)
+        plates = [p for p in order if p in self.plates]
+        index: list[Tensor] = []
+        shape = (samples, *(plate_sizes[p] for p in plates))
+        for dim in self.batch:
+            if dim in states:
+                drop = [1 + i for i, p in enumerate(order) if p not in self.plates]
+                index.append((states[dim].squeeze(drop) if drop else states[dim]).expand(shape))
+            else:
+                place = [1] * len(shape)
+                place[1 + plates.index(dim)] = plate_sizes[dim]
+                index.append(torch.arange(plate_sizes[dim]).reshape(place).expand(shape))
+
+        def pick(tensor: Tensor) -> Tensor:
+            if tensor.shape[0] == 1 and prod(self.sizes) != 1:
+                return tensor
+            full = tensor.reshape(*self.sizes, *tensor.shape[1:])
+            return full[tuple(index)].reshape(-1, *tensor.shape[1:]) if index else tensor
+
+        lengths = None if self.lengths is None else pick(self.lengths)
+        whole = pick(emission)
+        count = prod(shape)
+        whole = whole.expand(count, *whole.shape[1:]) if whole.shape[0] == 1 else whole
+        if lengths is not None:
+            lengths = lengths.expand(count)
+        return Given(pick(initial), pick(transition), whole, lengths, shape, self.joint_sizes)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Single chains [B = prod(shape)] over joint states, and how to take those apart. shape: [S, *plates]."""
+
+    initial: Tensor
+    transition: Tensor
+    emission: Tensor
+    lengths: Tensor | None
+    shape: tuple[int, ...]
+    joint_sizes: tuple[int, ...]
+
+    def mode(self) -> list[Tensor]:
+        """The most probable states of each chain, [*shape, T]."""
+        states, _ = kernel.viterbi(self.initial, self.transition, self.emission, self.lengths)
+        return self._apart(states.reshape(*self.shape, -1))
+
+    def sample(self, num_samples: int, generator: torch.Generator) -> list[Tensor]:
+        """States of each chain, [*shape, T]; `num_samples` of them where the batch holds a single one to repeat."""
+        draws = num_samples if self.shape[0] == 1 else 1
+        states = kernel.sample(
+            self.initial, self.transition, self.emission, self.lengths, num_samples=draws, generator=generator
+        )
+        return self._apart(states.reshape(num_samples, *self.shape[1:], states.shape[-1]))
+
+    def log_prob(self, states: Sequence[Tensor]) -> Tensor:
+        """log p(sequences | x, other sites), [*shape] (leading axes of `states` [S, *plates, T])."""
+        joint = states[0]
+        for size, part in zip(self.joint_sizes[1:], states[1:], strict=True):
+            joint = joint * size + part
+        found = kernel.marginals(self.initial, self.transition, self.emission, self.lengths)
+        if self.shape[0] == 1:
+            value = found.log_prob(joint.reshape(joint.shape[0], -1, joint.shape[-1]))
+        else:
+            value = found.log_prob(joint.reshape(-1, joint.shape[-1]))
+        return value.reshape(joint.shape[:-1])
+
+    def _apart(self, joint: Tensor) -> list[Tensor]:
+        parts = []
+        for size in reversed(self.joint_sizes):
+            parts.append(joint % size)
+            joint = torch.div(joint, size, rounding_mode="floor")
+        return parts[::-1]
+
+
+def entropies(group: Group) -> Tensor:
+    """H of the group's sequences in each element of its batch, [*sizes]."""
+    return kernel.entropy(*group.as_one(), group.lengths).reshape(group.sizes)
+
+
 def has_chains(variables: Mapping[str, Variable]) -> bool:
     return any(v.steps is not None for v in variables.values())
 
@@ -155,11 +239,7 @@ def _group(
         )
     time = time_axis(steps)
     initial = {f.site: f for f in factors if f.site in names}
-    moves = {
-        f.site.removesuffix("·transition"): f
-        for f in factors
-        if f.site.removesuffix("·transition") in names and f.site not in names
-    }
+    moves = [f for f in factors if f.site not in names and f.site.removesuffix("·transition") in names]
     emissions = [
         Named(*_multiplied_out(f, plates, plate_sizes))
         for f in factors
@@ -168,7 +248,7 @@ def _group(
         and any(owner.get(d) in names for d in f.dims)
     ]
     own = {*names, time, *(a for n in names for a in chain_axes(n, steps))}
-    tensors = [Named(f.log_prob, f.dims) for f in (*initial.values(), *moves.values())] + emissions
+    tensors = [Named(f.log_prob, f.dims) for f in (*initial.values(), *moves)] + emissions
     others = union(n.dims for n in tensors)
     lengths = [variables[n] for n in names if variables[n].lengths is not None]
     batch = tuple(
@@ -184,7 +264,7 @@ def _group(
         sizes,
         plates,
         tuple(_initial(initial[n], n, variables[n], batch, sizes) for n in names),
-        tuple(_transition(moves[n], n, variables[n], batch, sizes) for n in names),
+        tuple(_transition(moves, n, variables[n], batch, sizes) for n in names),
         _emission(emissions, names, variables, time, batch, sizes, tensors[0].tensor),
         _lengths(lengths, batch, sizes),
         initial[names[0]],
@@ -221,11 +301,16 @@ def _initial(
 
 
 def _transition(
-    factor: Factor, name: str, variable: Variable, batch: tuple[str, ...], sizes: tuple[int, ...]
+    factors: Sequence[Factor], name: str, variable: Variable, batch: tuple[str, ...], sizes: tuple[int, ...]
 ) -> Tensor:
     step, before, after = chain_axes(name, variable.steps or 0)
-    tensor = align(Named(factor.log_prob, factor.dims), (*batch, step, before, after))
-    return _flat(tensor.expand(*tensor.shape[:-2], variable.size, variable.size), batch, sizes)
+    total: Tensor | None = None
+    for factor in factors:
+        if factor.site == f"{name}·transition":
+            part = align(Named(factor.log_prob, factor.dims), (*batch, step, before, after))
+            total = part if total is None else total + part
+    assert total is not None
+    return _flat(total.expand(*total.shape[:-2], variable.size, variable.size), batch, sizes)
 
 
 def _emission(

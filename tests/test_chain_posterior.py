@@ -1,0 +1,244 @@
+"""Markov chains as sites of ordinary models, against sums over every state sequence and against hmmlearn."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from hmmlearn import hmm
+from torch import Tensor
+
+import lvmppl
+from lvmppl.distributions import MarkovChain
+from lvmppl.errors import ModelError
+from lvmppl.models.hmm import hidden_markov
+from lvmppl.posteriors import Posterior
+
+K, T, B, C = 3, 4, 2, 2
+GENERATOR = torch.Generator().manual_seed(7)
+
+
+def table(*shape: int) -> Tensor:
+    raw = torch.rand(*shape, generator=GENERATOR, dtype=torch.float64) + 0.05
+    return raw / raw.sum(-1, keepdim=True)
+
+
+PI, A, CLASS = table(C, K), table(C, 1, K, K), torch.tensor([0.4, 0.6], dtype=torch.float64)
+MU = torch.randn(C, K, generator=GENERATOR, dtype=torch.float64)
+X = torch.randn(B, T, generator=GENERATOR, dtype=torch.float64)
+LENGTHS = torch.tensor([4, 2])
+
+
+def mixture_of_chains(x: Tensor, lengths: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(CLASS), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", MarkovChain(PI[c], A[c], T, lengths), infer={"enumerate": "parallel"})
+        mask = torch.arange(T) < lengths.unsqueeze(-1)
+        pyro.sample("x", dist.Normal(MU[c.unsqueeze(-1), z], 1.0).mask(mask).to_event(1), obs=x)
+
+
+def joint_table(row: int) -> dict[tuple[int, tuple[int, ...]], float]:
+    """log p(x, c, z) of every assignment of one sequence."""
+    steps = int(LENGTHS[row])
+    result = {}
+    for c in range(C):
+        for z in itertools.product(range(K), repeat=steps):
+            value = math.log(CLASS[c]) + math.log(PI[c, z[0]])
+            value += sum(math.log(A[c, 0, i, j]) for i, j in itertools.pairwise(z))
+            value += sum(-0.5 * float(X[row, t] - MU[c, k]) ** 2 - 0.5 * math.log(2 * math.pi) for t, k in enumerate(z))
+            result[c, z] = value
+    return result
+
+
+@pytest.fixture(scope="module")
+def post() -> Posterior:
+    found = lvmppl.posterior(mixture_of_chains, {"x": X, "lengths": LENGTHS})
+    assert isinstance(found, Posterior)
+    return found
+
+
+@pytest.mark.parametrize("row", range(B))
+def test_chain_beside_an_enumerated_site_equals_brute_force(post: Posterior, row: int) -> None:
+    joint = joint_table(row)
+    values = np.array(list(joint.values()))
+    evidence = np.logaddexp.reduce(values)
+    weights = dict(zip(joint, np.exp(values - evidence), strict=True))
+    unary, classes, pairs, mixed = np.zeros((T, K)), np.zeros(C), np.zeros((T - 1, K, K)), np.zeros((T, C, K))
+    for (c, z), w in weights.items():
+        classes[c] += w
+        for t, k in enumerate(z):
+            unary[t, k] += w
+            mixed[t, c, k] += w
+        for t, (i, j) in enumerate(itertools.pairwise(z)):
+            pairs[t, i, j] += w
+    assert post.log_evidence_per_datum is not None
+    assert float(post.log_evidence_per_datum[row]) == pytest.approx(evidence, rel=1e-12)
+    np.testing.assert_allclose(post.probabilities("z")[row], unary, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(post.probabilities("c")[row], classes, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(post.pair_marginal("z")[row], pairs, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(post.pair_marginal("c", "z")[row], mixed, rtol=1e-10, atol=1e-12)
+    entropy = -sum(w * math.log(w) for w in weights.values())
+    assert float(post.entropy()[row]) == pytest.approx(entropy, rel=1e-10)
+    best_c, best_z = max(joint, key=lambda key: joint[key])
+    mode = post.mode()
+    assert int(mode.states["c"][row]) == best_c
+    assert tuple(mode.states["z"][row, : len(best_z)].tolist()) == best_z
+    assert float(mode.log_prob[row]) == pytest.approx(max(values) - evidence, rel=1e-10)
+
+
+def test_log_prob_of_every_assignment_sums_to_one(post: Posterior) -> None:
+    total = 0.0
+    for (c, z), value in joint_table(0).items():
+        states = {"c": torch.tensor([c, 0]), "z": torch.tensor([list(z), [0, 0, 0, 0]])}
+        found = float(post.log_prob(states)[0])
+        assert found == pytest.approx(value - float(post.log_evidence_per_datum[0]), rel=1e-9, abs=1e-10)  # type: ignore[index]
+        total += math.exp(found)
+    assert total == pytest.approx(1.0, rel=1e-10)
+
+
+def test_samples_have_the_posterior_frequencies(post: Posterior) -> None:
+    draws = post.sample(20_000, seed=3)
+    counts = torch.zeros(C, *[K] * T, dtype=torch.float64)
+    index = (draws["c"][:, 0], *draws["z"][:, 0].unbind(-1))
+    counts.index_put_(index, torch.ones(20_000, dtype=torch.float64), accumulate=True)
+    joint = joint_table(0)
+    expected = torch.zeros_like(counts)
+    for (c, z), value in joint.items():
+        expected[(c, *z)] = math.exp(value - float(post.log_evidence_per_datum[0]))  # type: ignore[index]
+    expected = expected * 20_000
+    chi = ((counts - expected) ** 2 / expected).sum()
+    freedom = counts.numel() - 1
+    assert abs(float(chi) - freedom) < 5 * math.sqrt(2 * freedom)
+    assert draws["z"].shape == (20_000, B, T)
+    assert bool((draws["z"][:, 1, 2:] == 0).all())
+
+
+def test_frame_leaves_out_steps_beyond_a_length(post: Posterior) -> None:
+    frame = post.to_frame()
+    z = frame[frame["site"] == "z"]
+    assert len(z) == int(LENGTHS.sum()) * K
+    assert set(z[z["datum"] == 1]["position"]) == {"0", "1"}
+    assert z["probability"].sum() == pytest.approx(float(LENGTHS.sum()))
+
+
+PI2, A2 = table(2), table(2, 2)
+
+
+def factorial(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", MarkovChain(PI[0], A[0, 0], x.shape[1]), infer={"enumerate": "parallel"})
+        b = pyro.sample("b", MarkovChain(PI2, A2, x.shape[1]), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(1.0 * a - 0.7 * b, 0.8).to_event(1), obs=x)
+
+
+def test_factorial_chains_equal_brute_force() -> None:
+    post = lvmppl.posterior(factorial, {"x": X})
+    assert isinstance(post, Posterior)
+    mode = post.mode()
+    for row in range(B):
+        joint = {}
+        for a in itertools.product(range(K), repeat=T):
+            for b in itertools.product(range(2), repeat=T):
+                value = math.log(PI[0, a[0]]) + math.log(PI2[b[0]])
+                value += sum(math.log(A[0, 0, i, j]) for i, j in itertools.pairwise(a))
+                value += sum(math.log(A2[i, j]) for i, j in itertools.pairwise(b))
+                for t in range(T):
+                    error = (float(X[row, t]) - a[t] + 0.7 * b[t]) / 0.8
+                    value += -0.5 * error**2 - 0.5 * math.log(2 * math.pi) - math.log(0.8)
+                joint[a, b] = value
+        values = np.array(list(joint.values()))
+        evidence = np.logaddexp.reduce(values)
+        assert float(post.log_evidence_per_datum[row]) == pytest.approx(evidence, rel=1e-12)  # type: ignore[index]
+        unary = np.zeros((T, 2))
+        for (_, b), value in joint.items():
+            for t, k in enumerate(b):
+                unary[t, k] += math.exp(value - evidence)
+        np.testing.assert_allclose(post.probabilities("b")[row], unary, rtol=1e-10, atol=1e-12)
+        best = max(joint, key=lambda key: joint[key])
+        assert (tuple(mode.states["a"][row].tolist()), tuple(mode.states["b"][row].tolist())) == best
+        assert float(mode.log_prob[row]) == pytest.approx(values.max() - evidence, rel=1e-9)
+        entropy = -(np.exp(values - evidence) * (values - evidence)).sum()
+        assert float(post.entropy()[row]) == pytest.approx(entropy, rel=1e-9)
+
+
+@pytest.mark.parametrize("emission", ["categorical", "poisson", "gaussian"])
+def test_hidden_markov_model_equals_hmmlearn(emission: Any) -> None:
+    rng = np.random.default_rng(5)
+    start, moves = PI[0].numpy(), A[0, 0].numpy()
+    lengths = [9, 5, 7]
+    if emission == "categorical":
+        reference: Any = hmm.CategoricalHMM(K, init_params="", implementation="log")
+        reference.emissionprob_ = table(K, 6).numpy()
+        data: Any = rng.integers(0, 6, (21, 1))
+        theta = {"emission": torch.tensor(reference.emissionprob_)}
+    elif emission == "poisson":
+        reference = hmm.PoissonHMM(K, init_params="", implementation="log")
+        reference.lambdas_ = np.array([[1.5], [4.0], [9.0]])
+        data = rng.poisson(4.0, (21, 1))
+        theta = {"rate": torch.tensor(reference.lambdas_[:, 0])}
+    else:
+        reference = hmm.GaussianHMM(K, covariance_type="diag", init_params="", implementation="log")
+        reference.means_, reference.covars_ = np.array([[-1.0], [0.5], [2.0]]), np.array([[0.5], [1.0], [2.0]])
+        data = rng.normal(size=(21, 1))
+        theta = {"loc": torch.tensor(reference.means_[:, 0])}
+    reference.startprob_, reference.transmat_ = start, moves
+    padded = torch.zeros(3, 9, dtype=torch.float64 if emission == "gaussian" else torch.long)
+    for row, (begin, size) in enumerate(zip((0, 9, 14), lengths, strict=True)):
+        padded[row, :size] = torch.as_tensor(data[begin : begin + size, 0])
+    model = functools.partial(hidden_markov, num_states=K, emission=emission)
+    if emission == "gaussian":
+        spread = _spread_name(model, padded)
+        theta[spread] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).pow(0.5 if spread == "scale" else 1.0)
+    theta |= {"initial": torch.tensor(start), "transition": torch.tensor(moves)}
+    torch.set_default_dtype(torch.float64)
+    try:
+        post = lvmppl.posterior(model, {"x": padded, "lengths": torch.tensor(lengths)}, parameters=theta)
+        mode = post.mode()
+        probs = post.probabilities("z")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert post.log_evidence == pytest.approx(reference.score(data, lengths), rel=1e-10)
+    expected = reference.predict_proba(data, lengths)
+    score, path = reference.decode(data, lengths)
+    found = np.concatenate([probs[i, :n].numpy() for i, n in enumerate(lengths)])
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-12)
+    states = np.concatenate([mode.states["z"][i, :n].numpy() for i, n in enumerate(lengths)])
+    np.testing.assert_array_equal(states, path)
+    assert float(mode.log_prob.sum()) + post.log_evidence == pytest.approx(score, rel=1e-9)
+
+
+def _spread_name(model: Any, x: Tensor) -> str:
+    fit = lvmppl.fit(model, {"x": x}, algorithm="enumeration", max_steps=1)
+    return next(n for n in fit.parameters if n in ("scale", "variance"))
+
+
+def test_observation_of_a_whole_sequence_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(PI[0], A[0, 0], T), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(1.0 * z.sum(-1), 1.0), obs=x[:, 0])
+
+    with pytest.raises(ModelError, match=r"site 'x': expected to depend on the chain z step by step"):
+        lvmppl.posterior(model, {"x": X})
+
+
+def test_gradient_ascent_and_em_agree_on_a_hidden_markov_model() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randint(0, 4, (12, 8), generator=generator)
+    model = functools.partial(hidden_markov, num_states=2, emission="categorical")
+    torch.set_default_dtype(torch.float64)
+    try:
+        gradient = lvmppl.fit(model, {"x": x}, algorithm="enumeration", max_steps=300, tolerance=1e-11)
+        em = lvmppl.fit(model, {"x": x}, algorithm="em", start_from=gradient, max_steps=3, tolerance=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gradient.status == "converged"
+    assert np.diff(em.history["objective"]).min() > -1e-9 * abs(em.log_evidence)
+    assert em.log_evidence == pytest.approx(gradient.log_evidence, abs=1e-4)
