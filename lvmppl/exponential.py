@@ -235,8 +235,11 @@ class Reading:
         return next(iter(self.fields.values())).tensor.dtype
 
 
-def read(view: SiteView) -> Reading | None:
-    """The site's reading, or None where its family is not in the table (or its wrapper is unknown)."""
+def read(view: SiteView, kind: str | None = None) -> Reading | None:
+    """The site's reading, or None where its family is not in the table (or its wrapper is unknown).
+
+    kind: as found earlier; a multivariate normal is `normal` where its covariance is diagonal, if not told otherwise.
+    """
     fn, event_rank = view.fn, 0
     masks: list[Tensor] = [] if view.mask is None else [_lift(view.mask, 0)]
     while True:
@@ -259,8 +262,9 @@ def read(view: SiteView) -> Reading | None:
         return None
     axes = {axis - event_rank: name for axis, name in view.axis_names.items()}
     axes.update({-i: f"·{i}" for i in range(1, event_rank + 1)})
-    kind, fields, value, shape = family.kind, family.fields(fn), view.value, tuple(fn.batch_shape)
-    if kind == "mvn":
+    fields, value, shape = family.fields(fn), view.value, tuple(fn.batch_shape)
+    wanted, kind = kind, family.kind
+    if kind == "mvn" and wanted != "mvn":
         flat = _diagonal(fields)
         if flat is not None:  # a diagonal covariance: as many univariate normals, one event axis more
             family, kind, fields, event_rank = FAMILIES[dist.Normal], "normal", flat, event_rank + 1

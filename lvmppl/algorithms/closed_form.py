@@ -140,7 +140,7 @@ def _gather(
 def _scatter(lookup: Lookup, tensor: Tensor, values: Values) -> dict[str, Tensor]:
     """Statistics at the entries of a field [R, *index.shape] → added up at the entries of its parameters [R, P]."""
     sizes = [values[n][0].numel() for n in lookup.names]
-    flat = tensor.flatten(1)
+    flat = tensor.reshape(len(tensor), -1)
     if lookup.direct:
         total = flat
     else:

@@ -35,7 +35,7 @@ def e_step(
     for data, rows in chunks(problem):
         with torch.no_grad():
             views, evaluation = problem.model.view(data, values, rows)
-            evaluation = replace(evaluation, factors=tuple(v.factor() for v in views.values()))
+            evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
         value, grads = factor_weights(evaluation, problem.data_plate)
         total += value
         if keep_weights:
@@ -55,7 +55,7 @@ def add_up(
     dims = {f.site: f.dims for f in evaluation.factors}
     with torch.no_grad():
         for site in sites:
-            reading = read(views[site.name])
+            reading = read(views[site.name], site.kind)
             assert reading is not None, "a site's family does not change between steps"
             part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
             statistics[site.name] = add_statistics(statistics.get(site.name), part)

@@ -60,19 +60,18 @@ def _in_coordinates(value: Tensor, grad: Tensor, constraint: Constraint) -> Tens
     """The gradient in unconstrained coordinates; at a boundary the part of it that points inwards."""
     if type(constraint).__name__.lstrip("_") == "Simplex":
         inner = torch.where(value > 0, grad, 0.0)
-        return value * (inner - (value * inner).sum(-1, keepdim=True))
+        excess = grad - (value * inner).sum(-1, keepdim=True)
+        return torch.where(value > 0, value * excess, excess.clamp_min(0))
     if constraint.event_dim == 0 or hasattr(constraint, "base_constraint"):
         low, high = bounds(constraint)
         below, above = value - low, high - value
         tiny = torch.finfo(value.dtype).tiny
         at_low, at_high = below <= tiny, above <= tiny
-        width = torch.where(torch.isfinite(below), below.clamp_max(1.0), 1.0) if high < torch.inf else below
         factor = torch.ones_like(value)
         if low > -torch.inf:
             factor = factor * below
         if high < torch.inf:
             factor = factor * above
-        del width
         inwards = torch.where(at_low, grad.clamp_min(0), torch.where(at_high, (-grad).clamp_min(0), 0.0))
         return torch.where(at_low | at_high, inwards, factor * grad)
     transform = transform_to(constraint)

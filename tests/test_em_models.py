@@ -1,0 +1,77 @@
+"""EM on many models: what is found to be closed-form, monotone ascent, fixed points, and the gradient M-step's optimum."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from em_models import CASES, Case
+
+import lvmppl
+from lvmppl.algorithms.evidence import log_evidence
+from lvmppl.algorithms.expected import e_step, expected_log_joint, gradient_m_step
+from lvmppl.algorithms.m_step import describe_m_step, plan_m_step, solve_closed
+from lvmppl.algorithms.problem import Problem, build_problem
+from lvmppl.density import Coordinates, isolated, unvalidated
+
+ALL = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def problem_of(case: Case, **options: Any) -> Problem:
+    return build_problem("test", case.model, case.data(), **options)
+
+
+@ALL
+def test_parameters_are_closed_form_exactly_where_q_has_one(case: Case) -> None:
+    with isolated(0, torch.float64):
+        steps = describe_m_step(problem_of(case))
+    assert {name for name, how, _ in steps if how == "closed-form"} == case.closed, steps
+    assert {name for name, how, _ in steps if how == "gradient"} == case.gradient, steps
+    assert all(why for _, _, why in steps)
+
+
+@ALL
+def test_em_never_decreases_log_evidence(case: Case) -> None:
+    fit = lvmppl.fit(case.model, case.data(), algorithm="em", max_steps=case.steps, tolerance=0)
+    steps = np.diff(fit.history["objective"])
+    assert steps.min() >= -1e-9 * abs(fit.log_evidence)
+    assert steps.max() > 1e-3
+    assert fit.status == "max_steps"
+    assert fit.history["objective"].iloc[-1] == pytest.approx(fit.log_evidence, rel=1e-12)
+
+
+@ALL
+def test_closed_form_m_step_equals_gradient_m_step_run_to_its_optimum(case: Case) -> None:
+    with isolated(0, torch.float64), unvalidated():
+        problem = problem_of(case)
+        plan = plan_m_step(problem)
+        start = dict(problem.initial)
+        _, weights, statistics = e_step(problem, start, plan.sites)
+        solved, floored = solve_closed(problem, plan, start, statistics)
+        names = [n for n in plan.closed if n not in floored]
+        held = {**start, **{n: solved[n] for n in floored}}
+        climbed = {**held, **gradient_m_step(problem, held, weights, 150, names=names)}
+        reached = float(expected_log_joint(problem, solved, weights))
+        assert reached == pytest.approx(float(expected_log_joint(problem, climbed, weights)), rel=1e-9)
+        assert reached >= float(expected_log_joint(problem, start, weights))
+
+
+FIXED = {n: c for n, c in CASES.items() if n not in ("partly_masked", "also_in_a_factor")}
+
+
+@pytest.mark.parametrize("case", FIXED.values(), ids=FIXED)
+def test_gradient_of_log_evidence_vanishes_at_a_fixed_point_of_em(case: Case) -> None:
+    with isolated(0, torch.float64), unvalidated():
+        problem = problem_of(case)
+        best = lvmppl.fit(case.model, case.data(), algorithm="em", max_steps=60 if case.gradient else 150, tolerance=1e-13)
+        coordinates = Coordinates(problem.model.specs, problem.theta)
+
+        def gradient(values: Any) -> torch.Tensor:
+            free = {n: v.clamp(-30, 30).requires_grad_() for n, v in coordinates.unconstrain(values).items()}
+            total = log_evidence(problem, coordinates.constrain(free))
+            return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(free.values()))])
+
+        start, end = gradient(problem.initial), gradient(best.parameters)
+    assert float(end.norm()) < 0.02 * float(start.norm())
