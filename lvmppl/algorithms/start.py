@@ -56,7 +56,7 @@ def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, 
     for (data, rows), own in zip(chunks(problem), weights, strict=True):
         with torch.no_grad():
             views, evaluation = problem.model.view(data, problem.initial, rows)
-            evaluation = replace(evaluation, factors=tuple(v.factor() for v in views.values()))
+            evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
         add_up(views, evaluation, own, plan.sites, statistics)
     return statistics
 
