@@ -71,7 +71,12 @@ def plain_pyro(x: torch.Tensor) -> float:
     guide = categorical_encoder(model)
     with pyro.validation_enabled(False):
         guide(x=x)
-        optimiser = SVI(model, lambda x: (pyro.module("guide", guide), guide(x=x)), Adam({"lr": 0.01}), TraceEnum_ELBO(max_plate_nesting=1))
+        optimiser = SVI(
+            model,
+            lambda x: (pyro.module("guide", guide), guide(x=x)),
+            Adam({"lr": 0.01}),
+            TraceEnum_ELBO(max_plate_nesting=1),
+        )
         batches = [x[torch.randperm(150)[:50]] for _ in range(STEPS)]
         optimiser.step(x=batches[0])
         begin = time.perf_counter()
@@ -84,17 +89,23 @@ def main() -> None:
     torch.set_num_threads(1)
     x = torch.tensor(load_iris().data)
     with isolated(0, torch.float64):
-        problem = build_problem("overhead", model, {"x": x}, guide=categorical_encoder, guide_takes_model=True)
+        problem = build_problem(
+            "overhead", model, {"x": x}, guide=categorical_encoder, guide_takes_model=True
+        )
         with unvalidated():
             svi.batch_elbo = stand_in
             pairs = [(fitted(problem), by_hand(problem, stand_in)) for _ in range(6)][1:]
             svi.batch_elbo = real_elbo
             rows = [(fitted(problem), plain_pyro(x)) for _ in range(5)]
-    print(f"loop of a fit, stand-in objective {statistics.median(a for a, _ in pairs) * 1e6:7.0f} µs a step")
-    print(f"the same steps by hand            {statistics.median(b for _, b in pairs) * 1e6:7.0f} µs a step")
-    print(f"overhead                          {statistics.median(a - b for a, b in pairs) * 1e6:7.0f} µs a step (at most 50)")
-    print(f"step with the real ELBO           {statistics.median(r[0] for r in rows) * 1e6:7.0f} µs")
-    print(f"plain Pyro, TraceEnum_ELBO        {statistics.median(r[1] for r in rows) * 1e6:7.0f} µs, ratio {statistics.median(r[0] / r[1] for r in rows):.2f}")
+    loop, hand = (statistics.median(p[i] for p in pairs) * 1e6 for i in range(2))
+    extra = statistics.median(a - b for a, b in pairs) * 1e6
+    step, pyro_step = (statistics.median(r[i] for r in rows) * 1e6 for i in range(2))
+    ratio = statistics.median(r[0] / r[1] for r in rows)
+    print(f"loop of a fit, stand-in objective {loop:7.0f} µs a step")
+    print(f"the same steps by hand            {hand:7.0f} µs a step")
+    print(f"overhead                          {extra:7.0f} µs a step (at most 50)")
+    print(f"step with the real ELBO           {step:7.0f} µs")
+    print(f"plain Pyro, TraceEnum_ELBO        {pyro_step:7.0f} µs, ratio {ratio:.2f}")
 
 
 if __name__ == "__main__":

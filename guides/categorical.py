@@ -8,6 +8,7 @@ Shapes: N rows handed in, K states.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -48,13 +49,15 @@ def _num_states(site: Any) -> int:
 
 def _sample(name: str, site: Any, logits: Tensor) -> None:
     """q's site with the support of the model's: states of a family other than Categorical are looked up."""
-    infer = {"enumerate": "parallel"}
+    infer: Any = {"enumerate": "parallel"}
     if isinstance(site["fn"], dist.Categorical):
         pyro.sample(name, dist.Categorical(logits=logits), infer=infer)
     elif isinstance(site["fn"], dist.Bernoulli):
         pyro.sample(name, dist.Bernoulli(logits=logits[..., 1] - logits[..., 0]), infer=infer)
     else:
-        raise ValueError(f"site '{name}' is {type(site['fn']).__name__}; this guide serves Categorical and Bernoulli sites")
+        raise ValueError(
+            f"site '{name}' is {type(site['fn']).__name__}; this guide serves Categorical and Bernoulli sites"
+        )
 
 
 def categorical(model: Model) -> Callable[..., None]:
@@ -98,7 +101,7 @@ def _is_data(frame: Any, frames: Sequence[Any], total: int) -> bool:
     return bool(frame.name == "data" if "data" in names else frame is frames[0] and frame.size == total)
 
 
-class categorical_encoder(nn.Module):  # noqa: N801 - catalogue name
+class categorical_encoder(nn.Module):
     """An amortized table: λ⁽ⁿ⁾ = MLP(x⁽ⁿ⁾), for discrete sites that stand in the data plate alone.
 
     hidden: widths of the hidden layers (tanh). Inputs are all floating data tensors, flattened per row and standardised
@@ -109,7 +112,9 @@ class categorical_encoder(nn.Module):  # noqa: N801 - catalogue name
         super().__init__()
         if any(not isinstance(width, int) or isinstance(width, bool) or width < 1 for width in hidden):
             raise ValueError(f"hidden must list positive layer widths, got {list(hidden)}")
-        self._model: list[Model] = [model]  # in a list, so that a module model does not become part of the guide
+        self._model: list[Model] = [
+            model
+        ]  # in a list, so that a module model does not become part of the guide
         self._hidden = tuple(hidden)
         self._sites: dict[str, Any] = {}
         self.networks = nn.ModuleDict()
@@ -126,14 +131,16 @@ class categorical_encoder(nn.Module):  # noqa: N801 - catalogue name
                 raise ValueError(f"categorical_encoder needs sites in the data plate alone; '{name}' is not")
             widths = [features.shape[1], *self._hidden, _num_states(site)]
             layers: list[nn.Module] = []
-            for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-                layers += [nn.Linear(a, b, dtype=features.dtype)] + ([nn.Tanh()] if i < len(widths) - 2 else [])
+            for i, (a, b) in enumerate(itertools.pairwise(widths)):
+                layers += [nn.Linear(a, b, dtype=features.dtype)] + (
+                    [nn.Tanh()] if i < len(widths) - 2 else []
+                )
             self.networks[name] = nn.Sequential(*layers)
 
     def forward(self, **data: Tensor) -> None:
         if not self._sites:
             self.prepare(**data)
-        inputs = (_features(data) - self.centre) / self.spread
+        inputs = (_features(data) - self.get_buffer("centre")) / self.get_buffer("spread")
         for name, site in self._sites.items():
             frame = _frames(site)[0]
             with pyro.plate(frame.name, len(inputs), dim=frame.dim):

@@ -54,14 +54,21 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
     if fit.elbo_per_datum is None:
         return pd.DataFrame(columns=["fit", "datum", "log_evidence", "elbo", "gap"])
     size = len(fit.elbo_per_datum)
-    frame = pd.DataFrame({"fit": pd.Series([name] * size, dtype="string"), "datum": pd.array(range(size), dtype="Int64")})
+    frame = pd.DataFrame(
+        {"fit": pd.Series([name] * size, dtype="string"), "datum": pd.array(range(size), dtype="Int64")}
+    )
     exact = fit.posterior
     evidence = exact.log_evidence_per_datum if exact is not None else None
     nothing = torch.full((size,), math.nan)
     frame["log_evidence"] = (nothing if evidence is None else evidence).double().numpy()
     frame["elbo"] = fit.elbo_per_datum.double().numpy()
     gap = nothing
-    if isinstance(exact, Posterior) and evidence is not None and fit.variational is not None and not fit.moments:
+    if (
+        isinstance(exact, Posterior)
+        and evidence is not None
+        and fit.variational is not None
+        and not fit.moments
+    ):
         gap = kl_per_datum(fit.variational, exact)
     elif evidence is not None:
         gap = evidence - fit.elbo_per_datum

@@ -140,10 +140,13 @@ class ContinuousPosterior:
             return categorical_of(self.probabilities(site))
         block = self._block(site)
         if isinstance(self.kernel, QuadraturePosterior):
-            return self._empirical(block, self.kernel)
+            empirical: torch.distributions.Distribution = self._empirical(block, self.kernel)
+            return empirical
         part = slice(block.begin, block.begin + block.size)
         if isinstance(self.kernel, Path):
-            normal = torch.distributions.Normal(self.kernel.mean[..., part], self.kernel.variance[..., part].sqrt())
+            normal = torch.distributions.Normal(
+                self.kernel.mean[..., part], self.kernel.variance[..., part].sqrt()
+            )
             return self._mixed(normal)
         mean, covariance = self.kernel.mean[..., part], self.kernel.covariance[..., part, part]
         if not self._lead:
@@ -170,7 +173,9 @@ class ContinuousPosterior:
     def _mixed(self, normal: torch.distributions.Normal) -> torch.distributions.Distribution:
         """Elementwise marginals of a path; only without enumerated sites are they Normal."""
         if self._lead:
-            raise InputError("marginal", "a site without enumerated sites beside a long path", "both", "use moments(site)")
+            raise InputError(
+                "marginal", "a site without enumerated sites beside a long path", "both", "use moments(site)"
+            )
         return normal
 
     @property
@@ -206,10 +211,14 @@ class ContinuousPosterior:
         count = math.prod(self.layout.discrete_sizes)
         rows = height.shape[len(self._lead) :]
         best = height.reshape(count, *rows).argmax(0)  # [N]
-        chosen = point.reshape(count, *rows, -1).gather(0, best[None, ..., None].expand(1, *rows, point.shape[-1]))[0]
+        chosen = point.reshape(count, *rows, -1).gather(
+            0, best[None, ..., None].expand(1, *rows, point.shape[-1])
+        )[0]
         top = height.reshape(count, *rows).amax(0)
         values = self._as_sites(chosen.unsqueeze(0), best.unsqueeze(0))
-        return Mode({k: v.squeeze(0) for k, v in values.items()}, top if self.layout.local else top.reshape(()))
+        return Mode(
+            {k: v.squeeze(0) for k, v in values.items()}, top if self.layout.local else top.reshape(())
+        )
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine."""
@@ -226,7 +235,9 @@ class ContinuousPosterior:
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
         """log p(z, c | x) of one value for every site, shaped as `sample` gives them without S: [N] (global: scalar)."""
-        missing = [n for n in (*self.layout.discrete, *(b.name for b in self.layout.blocks)) if n not in assignment]
+        missing = [
+            n for n in (*self.layout.discrete, *(b.name for b in self.layout.blocks)) if n not in assignment
+        ]
         if missing:
             raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
         rows = self._weights.shape[len(self._lead) :]
@@ -261,7 +272,9 @@ class ContinuousPosterior:
         for name, size in reversed(list(zip(self.layout.discrete, self.layout.discrete_sizes, strict=True))):
             state = rest % size
             rest = torch.div(rest, size, rounding_mode="floor")
-            result[name] = self.variables[name].support[state].reshape(*lead, *self.variables[name].support.shape[1:])
+            result[name] = (
+                self.variables[name].support[state].reshape(*lead, *self.variables[name].support.shape[1:])
+            )
         for block in self.layout.blocks:
             inner = [self.layout.plate_sizes[p] for p in block.inner]
             part = z[..., block.begin : block.begin + block.size]
@@ -284,7 +297,12 @@ class ContinuousPosterior:
     def _axis(self, site: str) -> int:
         if site not in self.layout.discrete:
             listing = ", ".join(self.layout.discrete) or "it has none"
-            raise InputError("posterior", f"an enumerated site ({listing})", f"'{site}'", "use moments(site) or marginal(site)")
+            raise InputError(
+                "posterior",
+                f"an enumerated site ({listing})",
+                f"'{site}'",
+                "use moments(site) or marginal(site)",
+            )
         return self.layout.discrete.index(site)
 
     def _block(self, site: str) -> Block:
@@ -299,7 +317,9 @@ def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFra
     """The rows of one continuous site: by datum where its first axis is the data plate, `position` the other axes."""
     shape = mean.shape
     count = mean.numel()
-    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
+    index = (
+        torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
+    )
     return pd.DataFrame(
         {
             "site": pd.Series([site] * count, dtype="string"),

@@ -38,6 +38,7 @@ from lvmppl.families import log_density
 Values = Mapping[str, Tensor]
 """Constrained parameter values by name."""
 
+
 def time_axis(steps: int) -> str:
     """The axis of the steps of a latent chain of T steps, in the factors that see it."""
     return f"·time{steps}"
@@ -130,8 +131,8 @@ class Factor:
 class SiteView:
     """A sample site as one pass of the model left it: distribution and value, and what its axes are called.
 
-    axis_names: by negative batch axis; an axis of size 1 has no name. `factors()` computes the log-density (of a chain: of its
-    start and of its steps).
+    axis_names: by negative batch axis; an axis of size 1 has no name. `factors()` computes the log-density (of a chain:
+    of its start and steps).
     """
 
     name: str
@@ -195,7 +196,9 @@ class Evaluation:
     variables: Mapping[str, Variable]
     guide_variables: frozenset[str]  # enumerated by the guide; the model's others are summed exactly
     plate_sizes: Mapping[str, int]
-    samples: Mapping[str, Tensor] = field(default_factory=dict)  # drawn values of the guide's continuous sites
+    samples: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # drawn values of the guide's continuous sites
     score_factors: tuple[Factor, ...] = ()  # log q of drawn sites that have no reparameterised gradient
 
 
@@ -240,13 +243,21 @@ class Program:
         prefix = f"{self.role}."
         assert self.module is not None
         own = dict(self.module.named_parameters())
-        return (name[len(prefix) :] for name in values if name.startswith(prefix) and name[len(prefix) :] in own)
+        return (
+            name[len(prefix) :] for name in values if name.startswith(prefix) and name[len(prefix) :] in own
+        )
 
 
 def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -> ModelError:
     """The user's own error with its file and line: the last frame outside Pyro, torch and this package's engine."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = ("/lvmppl/density.py", "/site-packages/pyro/", "/site-packages/torch/", "/contextlib.py", "/lvmppl/families.py")
+    ours = (
+        "/lvmppl/density.py",
+        "/site-packages/pyro/",
+        "/site-packages/torch/",
+        "/contextlib.py",
+        "/lvmppl/families.py",
+    )
     outside = [f for f in frames if not any(part in f.filename for part in ours)]
     place = f"{outside[-1].filename}:{outside[-1].lineno}" if outside else "its own code"
     name = getattr(function, "__name__", type(function).__name__)
@@ -262,7 +273,9 @@ def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -
 class _Parameters(Messenger):
     """Answers every parameter statement from `values`; unknown names are recorded with their own start."""
 
-    def __init__(self, values: Values, specs: Mapping[str, ParameterSpec], rows: Rows, data_plate: str | None) -> None:
+    def __init__(
+        self, values: Values, specs: Mapping[str, ParameterSpec], rows: Rows, data_plate: str | None
+    ) -> None:
         super().__init__()
         self.values, self.specs, self.rows, self.data_plate = values, specs, rows, data_plate
 
@@ -271,7 +284,8 @@ class _Parameters(Messenger):
         if name in self.values:
             spec = self.specs[name]
             value = self.values[name]
-            if spec.is_table and self.rows.indices is not None and value.shape[spec.row_axis] != self.rows.size:
+            axis = spec.row_axis
+            if axis is not None and self.rows.indices is not None and value.shape[axis] != self.rows.size:
                 value = spec.rows_of(value, self.rows)
             msg["value"] = value
             msg["done"] = True
@@ -282,7 +296,9 @@ class _Discovery(Messenger):
 
     def __init__(self, weights: Values) -> None:
         super().__init__()
-        self.own = {id(w) for w in weights.values()}  # a module's weights are announced too; they are known already
+        self.own = {
+            id(w) for w in weights.values()
+        }  # a module's weights are announced too; they are known already
         self.found: dict[str, tuple[Constraint, int | None, Tensor, tuple[Any, ...]]] = {}
 
     def _pyro_param(self, msg: Any) -> None:
@@ -350,7 +366,7 @@ class EnumeratedChain(dist.TorchDistribution):
         super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
 
     @property
-    def support(self) -> Constraint:  # type: ignore[override]
+    def support(self) -> Constraint:
         return self.chain.support
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
@@ -363,7 +379,11 @@ class _Chains(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         fn = msg["fn"]
-        if isinstance(fn, MarkovChain) and not msg["is_observed"] and msg["infer"].get("enumerate") == "parallel":
+        if (
+            isinstance(fn, MarkovChain)
+            and not msg["is_observed"]
+            and msg["infer"].get("enumerate") == "parallel"
+        ):
             msg["fn"] = EnumeratedChain(fn)
 
 
@@ -387,11 +407,11 @@ def _swapped_modules(values: Values) -> Iterator[None]:
                 owner._parameters[leaf] = values[full]  # type: ignore[assignment]
         return result
 
-    pyro.module = module  # type: ignore[attr-defined]
+    pyro.module = module
     try:
         yield
     finally:
-        pyro.module = original  # type: ignore[attr-defined]
+        pyro.module = original
         for owner, leaf, saved in reversed(undo):
             owner._parameters[leaf] = saved
 
@@ -449,8 +469,12 @@ def num_rows(data: Values) -> int:
     sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in data.items()}
     distinct = set(sizes.values())
     if len(distinct) != 1 or None in distinct:
-        listing = ", ".join(f"{k}: {'a scalar' if v is None else v}" for k, v in sizes.items()) or "no tensors"
-        raise InputError("data", "tensors that share their first axis", listing, "give every tensor a row per datum")
+        listing = (
+            ", ".join(f"{k}: {'a scalar' if v is None else v}" for k, v in sizes.items()) or "no tensors"
+        )
+        raise InputError(
+            "data", "tensors that share their first axis", listing, "give every tensor a row per datum"
+        )
     size = distinct.pop()
     assert size is not None
     if size == 0:
@@ -458,7 +482,9 @@ def num_rows(data: Values) -> int:
     return size
 
 
-def discover(program: Program, data: Values, data_plate: str | None = None, model: Structure | None = None) -> Structure:
+def discover(
+    program: Program, data: Values, data_plate: str | None = None, model: Structure | None = None
+) -> Structure:
     """Run `program` once on all rows and learn its parameters, sites and plates.
 
     Enumerated sites are enumerated already here, so that `loc[z]` never takes the size of the data. For a guide,
@@ -466,15 +492,21 @@ def discover(program: Program, data: Values, data_plate: str | None = None, mode
     """
     total = num_rows(data)
     if program.module is not None:
-        with poutine.block(), torch.no_grad():  # modules may build themselves at the first call, as autoguides do
+        with (
+            poutine.block(),
+            torch.no_grad(),
+        ):  # modules may build themselves at the first call, as autoguides do
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = _Discovery(weights)
-    with found, poutine.trace() as tracer, poutine.enum(first_available_dim=-1 - _SPARE_NESTING), _Chains():
-        with _Enumerate() if program.role == "guide" else nullcontext():
-            program(data, weights)
+    enumeration = poutine.enum(first_available_dim=-1 - _SPARE_NESTING)
+    finite = _Enumerate() if program.role == "guide" else nullcontext()
+    with found, poutine.trace() as tracer, enumeration, _Chains(), finite:
+        program(data, weights)
     sites, sizes, axes = _read_sites(tracer.trace)
-    plate = model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
+    plate = (
+        model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
+    )
     if plate is not None and plate in sizes and sizes[plate] != total:
         raise ModelError(
             f"{program.role}: plate '{plate}'",
@@ -516,9 +548,11 @@ def _parameter_spec(
     return ParameterSpec(name, constraint, start, row_axis=axis)
 
 
-def _is_sample(site: Mapping[str, Any]) -> bool:
+def _is_sample(site: Any) -> bool:
     return bool(
-        site["type"] == "sample" and not site_is_subsample(site) and not site["infer"].get("_deterministic", False)
+        site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic", False)
     )
 
 
@@ -534,7 +568,11 @@ def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[s
             sizes[frame.name] = frame.size
             axes[frame.name] = frame.dim
         kind = (
-            "observed" if site["is_observed"] else "enumerated" if "_enumerate_dim" in site["infer"] else "latent"
+            "observed"
+            if site["is_observed"]
+            else "enumerated"
+            if "_enumerate_dim" in site["infer"]
+            else "latent"
         )
         fn = site["fn"]
         sites[name] = SiteInfo(
@@ -560,7 +598,9 @@ def _family_name(fn: Any) -> str:
 def _find_data_plate(trace: Any, total: int, wanted: str | None, sizes: Mapping[str, int]) -> str | None:
     if wanted is not None:
         if wanted not in sizes:
-            raise ModelError("data_plate", f"one of the model's plates ({', '.join(sizes) or 'it has none'})", wanted)
+            raise ModelError(
+                "data_plate", f"one of the model's plates ({', '.join(sizes) or 'it has none'})", wanted
+            )
         return wanted
     if "data" in sizes:
         return "data"
@@ -586,7 +626,13 @@ def _find_data_plate(trace: Any, total: int, wanted: str | None, sizes: Mapping[
 class Joint:
     """A model, and perhaps a guide, bound to their structures: (θ, λ, rows) → factors."""
 
-    def __init__(self, model: Program, structure: Structure, guide: Program | None = None, guide_structure: Structure | None = None) -> None:
+    def __init__(
+        self,
+        model: Program,
+        structure: Structure,
+        guide: Program | None = None,
+        guide_structure: Structure | None = None,
+    ) -> None:
         self.model, self.structure = model, structure
         self.guide, self.guide_structure = guide, guide_structure
         nesting = max(structure.nesting, guide_structure.nesting if guide_structure else 0)
@@ -610,9 +656,8 @@ class Joint:
                 with poutine.trace() as model_trace, self._enumeration():
                     self.model(data, values)
                 return _build(model_trace.trace, None, rows, self.structure, names)
-            with poutine.trace() as guide_trace, self._enumeration():
-                with _Enumerate():
-                    self.guide(data, values)
+            with poutine.trace() as guide_trace, self._enumeration(), _Enumerate():
+                self.guide(data, values)
             replay = poutine.replay(trace=guide_trace.trace)
             with poutine.trace() as model_trace, poutine.enum(), _Chains(), replay:
                 self.model(data, values)
@@ -635,19 +680,21 @@ class Joint:
         rows = rows or Rows(num_rows(data))
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
         names: dict[int, str] = {}
-        with parameters, _swapped_modules(values), poutine.trace() as trace:
-            with poutine.enum(first_available_dim=self.first_available_dim - 1), _Chains(), _Hold(points):
-                self.model(data, values)
+        enumeration = poutine.enum(first_available_dim=self.first_available_dim - 1)
+        hold = _Hold(points)
+        with parameters, _swapped_modules(values), poutine.trace() as trace, enumeration, _Chains(), hold:
+            self.model(data, values)
         extra = {self.first_available_dim: POINTS, **(configurations or {})}
         return _build(trace.trace, None, rows, self.structure, names, extra)
 
-    def view(self, data: Values, values: Values, rows: Rows | None = None) -> tuple[dict[str, SiteView], Evaluation]:
+    def view(
+        self, data: Values, values: Values, rows: Rows | None = None
+    ) -> tuple[dict[str, SiteView], Evaluation]:
         """The model's sites before any log-density is computed; the evaluation holds variables and sizes, no factors."""
         rows = rows or Rows(num_rows(data))
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
-        with parameters, _swapped_modules(values):
-            with poutine.trace() as tracer, self._enumeration():
-                self.model(data, values)
+        with parameters, _swapped_modules(values), poutine.trace() as tracer, self._enumeration():
+            self.model(data, values)
         return _views(tracer.trace, rows, self.structure)
 
     def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
@@ -655,9 +702,9 @@ class Joint:
         assert self.guide is not None
         rows = rows or Rows(num_rows(data))
         parameters = _Parameters(values, self.specs, rows, self.structure.data_plate)
-        with parameters, _swapped_modules(values):
-            with poutine.trace() as trace, self._enumeration(), _Enumerate():
-                self.guide(data, values)
+        finite = _Enumerate()
+        with parameters, _swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
+            self.guide(data, values)
         return _build(None, trace.trace, rows, self.structure, {})
 
 
@@ -696,11 +743,19 @@ def _build(
     model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if _is_sample(s)}
     for name, site in model_sites.items():
         _register(name, site, variables, sizes, names)
-    factors = tuple(f for n, s in model_sites.items() for f in _factors(n, s, rows, plate, names, extra, variables))
+    factors = tuple(
+        f for n, s in model_sites.items() for f in _factors(n, s, rows, plate, names, extra, variables)
+    )
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     return Evaluation(
-        factors, tuple(guide_factors), variables, frozenset(guide_variables), sizes, samples, tuple(score_factors)
+        factors,
+        tuple(guide_factors),
+        variables,
+        frozenset(guide_variables),
+        sizes,
+        samples,
+        tuple(score_factors),
     )
 
 
@@ -708,7 +763,9 @@ def _is_delta(fn: Any) -> bool:
     return _family_name(fn) == "Delta"
 
 
-def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[str, int], names: dict[int, str]) -> None:
+def _register(
+    name: str, site: Any, variables: dict[str, Variable], sizes: dict[str, int], names: dict[int, str]
+) -> None:
     frames = [f for f in site["cond_indep_stack"] if f.vectorized]
     for frame in frames:
         sizes[frame.name] = frame.size
@@ -720,7 +777,8 @@ def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[
     if isinstance(site["fn"], EnumeratedChain):
         chain = site["fn"].chain
         sizes[time_axis(chain.num_steps)] = chain.num_steps
-        lengths, dims = None, ()
+        lengths: Tensor | None = None
+        dims: tuple[str, ...] = ()
         if chain.lengths is not None:
             lengths, dims = _name_axes(chain.lengths, _axis_names(site, names), name)
         states = torch.arange(chain.states, device=chain.log_initial.device)
@@ -729,11 +787,15 @@ def _register(name: str, site: Any, variables: dict[str, Variable], sizes: dict[
     value, event_dim = site["value"], site["fn"].event_dim
     position = value.dim() + axis - event_dim
     support = value if position < 0 else value.movedim(position, 0)
-    support = support.reshape(support.shape[0] if position >= 0 else 1, -1, *value.shape[value.dim() - event_dim :])[:, 0]
+    support = support.reshape(
+        support.shape[0] if position >= 0 else 1, -1, *value.shape[value.dim() - event_dim :]
+    )[:, 0]
     variables[name] = Variable(name, plates, support.detach())
 
 
-def _axis_names(site: Any, names: Mapping[int, str], extra: Mapping[int, str] | None = None) -> dict[int, str]:
+def _axis_names(
+    site: Any, names: Mapping[int, str], extra: Mapping[int, str] | None = None
+) -> dict[int, str]:
     """What each batch axis of a site stands for: a plate, an enumerated site, or what `extra` says."""
     result = {**(extra or {}), **{f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}}
     result.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
@@ -768,7 +830,9 @@ def _factors(
     steps = {v.steps for v in variables.values() if v.steps is not None and v.name in axis_names.values()}
     stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
     if stepwise is not None and stepwise.shape[-1] in steps:
-        tensor, dims = _name_axes(_masked(stepwise, site, trailing=1), axis_names, name, (time_axis(stepwise.shape[-1]),))
+        tensor, dims = _name_axes(
+            _masked(stepwise, site, trailing=1), axis_names, name, (time_axis(stepwise.shape[-1]),)
+        )
         if any(variables[d].steps for d in dims if d in variables):
             return [factor(name, tensor, dims)]
     log_prob = log_density(site["fn"], site["value"])
@@ -799,12 +863,16 @@ def _by_step(fn: Any, value: Tensor) -> Tensor | None:
         return None
     base = log_density(fn.base_dist, value)
     events = fn.reinterpreted_batch_ndims
-    shape = torch.broadcast_shapes(base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :])
+    shape = torch.broadcast_shapes(
+        base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :]
+    )
     base = base.expand(shape)
     return base.sum(tuple(range(1 - events, 0))) if events > 1 else base
 
 
-def _chain_factors(name: str, chain: Any, axis_names: Mapping[int, str]) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+def _chain_factors(
+    name: str, chain: Any, axis_names: Mapping[int, str]
+) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
     """(key, tensor, dims) of log p(z₁) and of log p(z_{t+1} | z_t)."""
     yield (name, *_name_axes(chain.log_initial, axis_names, name, (name,)))
     step, before, after = chain_axes(name, chain.num_steps)
@@ -825,7 +893,8 @@ def _views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str, Site
     for name, site in nodes.items():
         axis_names = _axis_names(site, names)
         plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
-        scale, scale_dims = site["scale"], ()
+        scale: float | Tensor = site["scale"]
+        scale_dims: tuple[str, ...] = ()
         if isinstance(scale, Tensor):
             scale, scale_dims = _name_axes(scale, axis_names, name)
         if plate in plates:
@@ -847,7 +916,10 @@ def _name_axes(
     trailing: names of the right-most axes, which are not batch axes.
     """
     count = len(trailing)
-    axis_names = {**{a - count: n for a, n in axis_names.items()}, **{i - count: n for i, n in enumerate(trailing)}}
+    axis_names = {
+        **{a - count: n for a, n in axis_names.items()},
+        **{i - count: n for i, n in enumerate(trailing)},
+    }
     shape = tensor.shape
     keep = [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
     for axis in keep:
@@ -855,8 +927,8 @@ def _name_axes(
             raise ModelError(
                 f"site '{site}'",
                 "batch axes that belong to plates",
-                f"a batch axis of size {shape[axis]} at dim {axis + count} (batch shape {tuple(shape[: len(shape) - count])}) "
-                "that no plate declares",
+                f"a batch axis of size {shape[axis]} at dim {axis + count} "
+                f"(batch shape {tuple(shape[: len(shape) - count])}) that no plate declares",
                 "declare it with pyro.plate, or make it part of the event with .to_event(1)",
             )
     return tensor.reshape([shape[axis] for axis in keep]), tuple(axis_names[axis] for axis in keep)
@@ -879,7 +951,9 @@ class Coordinates:
         return {name: self.transforms[name](unconstrained[name]) for name in self.names}
 
 
-def build_guide(factory: Callable[..., Any], model: Callable[..., Any], structure: Structure, **args: Any) -> Callable[..., Any]:
+def build_guide(
+    factory: Callable[..., Any], model: Callable[..., Any], structure: Structure, **args: Any
+) -> Callable[..., Any]:
     """Build a guide that takes a parameter `model` (Pyro's autoguide convention).
 
     Autoguides are blind to enumerated sites, which are summed exactly, and get `create_plates` so that the data plate
@@ -893,10 +967,12 @@ def build_guide(factory: Callable[..., Any], model: Callable[..., Any], structur
                 f"only enumerated ones ({', '.join(structure.enumerated)})",
                 "use a guide over them, such as `categorical`",
             )
-        autoguide = factory(poutine.block(model, hide=list(structure.enumerated)), **args)
-        if autoguide.create_plates is None:  # not every autoguide takes it in its constructor
+        blind: Callable[..., Any] = factory
+        autoguide: Any = blind(poutine.block(model, hide=list(structure.enumerated)), **args)
+        if getattr(autoguide, "create_plates", None) is None:  # not every one takes it in its constructor
             autoguide.create_plates = _data_plates(structure)
-        return autoguide
+        result: Callable[..., Any] = autoguide
+        return result
     guide: Callable[..., Any] = factory(model, **args)
     return guide
 

@@ -33,7 +33,9 @@ class Bound:
 class GuideWeights:
     """q's marginals over any few of its enumerated sites, from its log-factors."""
 
-    def __init__(self, factors: Sequence[Factor], variables: Mapping[str, Variable], names: frozenset[str]) -> None:
+    def __init__(
+        self, factors: Sequence[Factor], variables: Mapping[str, Variable], names: frozenset[str]
+    ) -> None:
         self.own = {f.site: f for f in factors if f.site in names}
         self.variables = {n: variables[n] for n in names}
         self.names = names
@@ -90,7 +92,9 @@ def elbo(evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] |
     """The ELBO of one evaluation; `model` may hold `model_terms` computed before (when θ has not moved since)."""
     weights = GuideWeights(evaluation.guide_factors, evaluation.variables, evaluation.guide_variables)
     positive = model_terms(evaluation, data_plate) if model is None else model
-    like = evaluation.guide_factors[0].log_prob if evaluation.guide_factors else evaluation.factors[0].log_prob
+    like = (
+        evaluation.guide_factors[0].log_prob if evaluation.guide_factors else evaluation.factors[0].log_prob
+    )
     bound = Bound(None, torch.zeros((), dtype=like.dtype, device=like.device))
     for sign, terms in ((1.0, positive), (-1.0, guide_terms(evaluation))):
         for term in terms:

@@ -24,7 +24,9 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     """log p(value) of a Pyro distribution, broadcastable to its batch shape, summed over its event axes (nats)."""
     if isinstance(fn, dist.MaskedDistribution):
         base = log_density(fn.base_dist, value)
-        return torch.where(torch.as_tensor(fn._mask), base, torch.zeros((), dtype=base.dtype, device=base.device))
+        return torch.where(
+            torch.as_tensor(fn._mask), base, torch.zeros((), dtype=base.dtype, device=base.device)
+        )
     if isinstance(fn, dist.Independent) or type(fn).__name__ == "Independent":
         base = log_density(fn.base_dist, value)
         event = fn.reinterpreted_batch_ndims
@@ -46,7 +48,11 @@ def is_zero_safe_discrete(fn: Any) -> bool:
     """Whether `log_density` gives −∞ (and no clamp) for values of probability zero under `fn`."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):
         fn = fn.base_dist
-    kinds = torch.distributions.Categorical | torch.distributions.OneHotCategorical | torch.distributions.Bernoulli
+    kinds = (
+        torch.distributions.Categorical
+        | torch.distributions.OneHotCategorical
+        | torch.distributions.Bernoulli
+    )
     return isinstance(fn, kinds)
 
 
@@ -66,7 +72,10 @@ def _unexpanded(tensor: Tensor, event_dim: int) -> Tensor:
 def _lookup(table: Tensor, value: Tensor) -> Tensor:
     """table[..., value]: log-probabilities [*batch] of `value` under the rows of `table` [*batch', V]."""
     size = table.shape[-1]
-    if getattr(value, "_pyro_categorical_support", None) is not None and value.numel() == size == value.shape[0]:
+    if (
+        getattr(value, "_pyro_categorical_support", None) is not None
+        and value.numel() == size == value.shape[0]
+    ):
         table = table.reshape((1,) * (1 + value.dim() - table.dim()) + table.shape)
         return table.transpose(-1 - value.dim(), -1).squeeze(-1)
     value = value.long()
@@ -95,4 +104,6 @@ def _bernoulli(fn: torch.distributions.Bernoulli, value: Tensor) -> Tensor:
         probs = _unexpanded(fn.probs, 0)
         return torch.where(value > 0.5, safe_log(probs), safe_log(1 - probs))
     logits = _unexpanded(fn.logits, 0)
-    return torch.where(value > 0.5, torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits))
+    return torch.where(
+        value > 0.5, torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
+    )

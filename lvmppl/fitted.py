@@ -57,7 +57,9 @@ class Fit:
     elbo_per_datum: Tensor | None = None
     posterior: Posterior | ContinuousPosterior | None = None
     variational: Posterior | None = None  # q over its enumerated sites, in the same form
-    moments: Mapping[str, Tensor] = field(default_factory=dict)  # of q's continuous sites: [2, *shape], mean and sd
+    moments: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # of q's continuous sites: [2, *shape], mean and sd
     m_step: tuple[MStep, ...] = ()  # EM only
 
     @property
@@ -75,7 +77,11 @@ class Fit:
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        for group, values in (("theta", self.parameters), ("lambda", self.guide_parameters), ("q", self.moments)):
+        for group, values in (
+            ("theta", self.parameters),
+            ("lambda", self.guide_parameters),
+            ("q", self.moments),
+        ):
             tensors.update({f"{group}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
         if self.elbo_per_datum is not None:
             tensors["elbo_per_datum"] = self.elbo_per_datum.contiguous().clone()
@@ -114,7 +120,10 @@ def load_fit(path: str | Path) -> Fit:
     m_step = tuple(MStep(*step) for step in meta.pop("m_step", ()))
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
-    groups = {g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")} for g in ("theta", "lambda", "q")}
+    groups = {
+        g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")}
+        for g in ("theta", "lambda", "q")
+    }
     return Fit(
         **meta,
         parameters=groups["theta"],
@@ -128,8 +137,12 @@ def load_fit(path: str | Path) -> Fit:
     )
 
 
-def _pack_posterior(posterior: Posterior | ContinuousPosterior | None, key: str, tensors: dict[str, Tensor]) -> Any:
-    if not isinstance(posterior, Posterior):  # a continuous one holds the model itself and is had again from θ
+def _pack_posterior(
+    posterior: Posterior | ContinuousPosterior | None, key: str, tensors: dict[str, Tensor]
+) -> Any:
+    if not isinstance(
+        posterior, Posterior
+    ):  # a continuous one holds the model itself and is had again from θ
         return None
     factors = []
     for i, f in enumerate(posterior.factors):

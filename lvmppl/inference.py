@@ -48,9 +48,16 @@ def fit(
     """
     parsed = parse_options(algorithm, options, f"fit(algorithm='{algorithm}')")
     if algorithm in ("vem", "svi") and guide is None:
-        raise InputError(f"fit(algorithm='{algorithm}')", "a guide", "none", "pass guide=…, such as lvmppl.guides' categorical")
+        raise InputError(
+            f"fit(algorithm='{algorithm}')",
+            "a guide",
+            "none",
+            "pass guide=…, such as lvmppl.guides' categorical",
+        )
     if algorithm in ("em", "enumeration") and guide is not None:
-        raise InputError(f"fit(algorithm='{algorithm}')", "no guide: the posterior is exact", "a guide", "leave it out")
+        raise InputError(
+            f"fit(algorithm='{algorithm}')", "no guide: the posterior is exact", "a guide", "leave it out"
+        )
     tensors = as_tensors(data)
     with isolated(derive_seed(seed, "fit"), dtype_of(tensors)):
         problem = build_problem(
@@ -105,9 +112,15 @@ def as_tensors(data: Data) -> dict[str, Tensor]:
         try:
             tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"data['{name}']", "a tensor or an array of numbers", type(value).__name__) from error
+            raise InputError(
+                f"data['{name}']", "a tensor or an array of numbers", type(value).__name__
+            ) from error
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-            rows = torch.nonzero(torch.isnan(tensor.reshape(len(tensor), -1)).any(1)).flatten() if tensor.dim() else tensor
+            rows = (
+                torch.nonzero(torch.isnan(tensor.reshape(len(tensor), -1)).any(1)).flatten()
+                if tensor.dim()
+                else tensor
+            )
             raise InputError(f"data['{name}']", "no missing values", f"NaN in row {int(rows.flatten()[0])}")
         result[name] = tensor
     return result
@@ -117,7 +130,9 @@ def dtype_of(data: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype of the floating data, else torch's default."""
     kinds = {t.dtype for t in data.values() if t.is_floating_point()}
     if len(kinds) > 1:
-        raise InputError("data", "one floating dtype", ", ".join(sorted(map(str, kinds))), "convert them to one")
+        raise InputError(
+            "data", "one floating dtype", ", ".join(sorted(map(str, kinds))), "convert them to one"
+        )
     return kinds.pop() if kinds else torch.get_default_dtype()
 
 
@@ -131,7 +146,9 @@ def takes_model(guide: Callable[..., Any] | None) -> bool:
         return False
 
 
-def bind_guide(guide: Callable[..., Any], args: Mapping[str, Any], model_args: Mapping[str, Any]) -> Callable[..., Any]:
+def bind_guide(
+    guide: Callable[..., Any], args: Mapping[str, Any], model_args: Mapping[str, Any]
+) -> Callable[..., Any]:
     """A guide with its args and those of the model's args it has a parameter for."""
     names = inspect.signature(guide).parameters
     shared = {k: v for k, v in model_args.items() if k in names and k not in args}
@@ -155,4 +172,14 @@ def _name(guide: Callable[..., Any] | None) -> str | None:
     return str(getattr(guide, "__name__", type(guide).__name__))
 
 
-__all__ = ["Progress", "as_tensors", "bind_guide", "bind_model", "dtype_of", "fit", "posterior", "run_problem", "takes_model"]
+__all__ = [
+    "Progress",
+    "as_tensors",
+    "bind_guide",
+    "bind_model",
+    "dtype_of",
+    "fit",
+    "posterior",
+    "run_problem",
+    "takes_model",
+]

@@ -10,7 +10,7 @@ Shapes: N data, K states, S samples. Everything is in nats and detached.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -50,7 +50,9 @@ class Posterior:
         if per_datum is not None and bool((per_datum == -torch.inf).any()):
             rows = torch.nonzero(per_datum == -torch.inf).flatten().tolist()
             shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
-            warnings.warn(f"log evidence is -inf: the model gives probability 0 to datum {shown}", stacklevel=3)
+            warnings.warn(
+                f"log evidence is -inf: the model gives probability 0 to datum {shown}", stacklevel=3
+            )
 
     # ------------------------------------------------------------------------------------------- log evidence
 
@@ -58,9 +60,17 @@ class Posterior:
     def _elimination(self) -> Elimination:
         return self._eliminate()
 
-    def _eliminate(self, extra: Sequence[Factor] = (), **options: bool) -> Elimination:
-        factors = (*self.factors, *extra)
-        return eliminate(factors, self.variables, self.plate_sizes, self.data_plate, **options)
+    def _eliminate(
+        self, extra: Sequence[Factor] = (), maximise: bool = False, straight_through: bool = False
+    ) -> Elimination:
+        return eliminate(
+            (*self.factors, *extra),
+            self.variables,
+            self.plate_sizes,
+            self.data_plate,
+            maximise=maximise,
+            straight_through=straight_through,
+        )
 
     kind = "exact"
     log_evidence_error = 0.0
@@ -105,7 +115,12 @@ class Posterior:
         self._check(first, *([] if second is None else [second]))
         if second is None or second == first:
             if self.variables[first].steps is None:
-                raise InputError("pair_marginal", "two different sites, or a Markov chain", f"'{first}'", "use marginal(site)")
+                raise InputError(
+                    "pair_marginal",
+                    "two different sites, or a Markov chain",
+                    f"'{first}'",
+                    "use marginal(site)",
+                )
             return self._consecutive(first)
         (table,) = self._marginal_tables([(first, second)])
         return table.movedim(0, -1).movedim(0, -1)
@@ -119,7 +134,9 @@ class Posterior:
         lead = [self.plate_sizes[p] for p in plates]
         if steps == 1:
             return like.new_zeros(*lead, 0, states, states)
-        zero = torch.zeros(*lead, steps - 1, states, states, dtype=like.dtype, device=like.device, requires_grad=True)
+        zero = torch.zeros(
+            *lead, steps - 1, states, states, dtype=like.dtype, device=like.device, requires_grad=True
+        )
         scale, scale_dims = self._scale_of(chain)
         dims = (*plates, *chain_axes(chain, steps))
         extra = Factor(f"{chain}·transition", zero, dims, frozenset(plates), scale, scale_dims)
@@ -170,7 +187,9 @@ class Posterior:
         tape = self._eliminate(maximise=True).tape
         states = self._walk(tape, 1, lambda logits: logits.argmax(0))
         for group in self._chain_groups:
-            states.update(zip(group.names, group.given(states, self._plate_order, self.plate_sizes).mode(), strict=True))
+            states.update(
+                zip(group.names, group.given(states, self._plate_order, self.plate_sizes).mode(), strict=True)
+            )
         return Mode(self._as_support(states, squeeze=True), self._log_prob_of(states).squeeze(0))
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
@@ -179,7 +198,9 @@ class Posterior:
 
         def draw(logits: Tensor) -> Tensor:
             weights = (logits - logits.amax(0).nan_to_num(neginf=0.0)).exp().cumsum(0)
-            uniform = torch.rand(logits.shape[1:], generator=generator, dtype=logits.dtype, device=logits.device)
+            uniform = torch.rand(
+                logits.shape[1:], generator=generator, dtype=logits.dtype, device=logits.device
+            )
             return (weights <= uniform * weights[-1]).sum(0).clamp_max(logits.shape[0] - 1)
 
         states = self._walk(self._elimination.tape, num_samples, draw)
@@ -205,7 +226,9 @@ class Posterior:
         """H[p(z | x)] per datum [N] (a scalar for coupled data): −Σ_v E log p(z_v | later ones)."""
         factors = [_with_gradient(f) for f in self.factors]
         with torch.enable_grad():
-            done = eliminate(factors, self.variables, self.plate_sizes, self.data_plate, straight_through=True)
+            done = eliminate(
+                factors, self.variables, self.plate_sizes, self.data_plate, straight_through=True
+            )
             cliques = [step.clique.tensor for step in done.tape]
             weights = torch.autograd.grad(done.total, cliques) if cliques else ()
         total: Tensor | None = None
@@ -240,7 +263,9 @@ class Posterior:
     def conditionals(self, first: Sequence[str] = ()) -> list[tuple[str, Named, frozenset[str]]]:
         """log p(z_v | x, later ones) for every site, in the order of elimination (sites in `first` go first)."""
         done = eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate, first=first)
-        return [(step.variable, Named(_conditional(step), step.clique.dims), step.plates) for step in done.tape]
+        return [
+            (step.variable, Named(_conditional(step), step.clique.dims), step.plates) for step in done.tape
+        ]
 
     @cached_property
     def _plate_order(self) -> list[str]:
@@ -257,13 +282,20 @@ class Posterior:
         with torch.no_grad():
             return split(self.factors, self.variables, self.plate_sizes)[1]
 
-    def _walk(self, tape: Sequence[Step], num_samples: int, choose: object) -> dict[str, Tensor]:
+    def _walk(
+        self, tape: Sequence[Step], num_samples: int, choose: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
         """States by site, [S, *all plates (size 1 where it has none)], chosen from each conditional in reverse order."""
-        order, chosen = self._plate_order, {}
+        order = self._plate_order
+        chosen: dict[str, Tensor] = {}
         for step in reversed(tape):
             logits = _gather(step.clique, step.variable, chosen, order)
-            shape = [logits.shape[0], num_samples, *(self.plate_sizes[p] if p in step.plates else 1 for p in order)]
-            chosen[step.variable] = choose(logits.expand(shape))  # type: ignore[operator]
+            shape = [
+                logits.shape[0],
+                num_samples,
+                *(self.plate_sizes[p] if p in step.plates else 1 for p in order),
+            ]
+            chosen[step.variable] = choose(logits.expand(shape))
         for name, variable in self.variables.items():  # sites with a single state never enter the tape
             if variable.steps is not None:
                 continue
@@ -284,7 +316,12 @@ class Posterior:
             total = part if total is None else total + part
         for group in self._chain_groups:
             given = group.given(states, order, self.plate_sizes)
-            value = given.log_prob([states[n].flatten(1, -2).reshape(-1, *given.shape[1:], states[n].shape[-1]) for n in group.names])
+            value = given.log_prob(
+                [
+                    states[n].flatten(1, -2).reshape(-1, *given.shape[1:], states[n].shape[-1])
+                    for n in group.names
+                ]
+            )
             plates = [p for p in order if p in group.plates]
             part = self._per_datum(Named(value, ("", *plates)), group.plates)
             total = part if total is None else total + part
@@ -334,10 +371,14 @@ class Posterior:
         value = value if lead else value.unsqueeze(0)
         if variable.steps is not None:
             if bool((value < 0).any()) or bool((value >= variable.size).any()):
-                raise InputError(f"log_prob: site '{name}'", f"states from 0 to {variable.size - 1}", "others")
+                raise InputError(
+                    f"log_prob: site '{name}'", f"states from 0 to {variable.size - 1}", "others"
+                )
             have = [p for p in self._plate_order if p in variable.plates]
             return value.long().permute(0, *(1 + variable.plates.index(p) for p in have), value.dim() - 1)
-        flat = variable.support.reshape(variable.size, *[1] * (value.dim() - event), *variable.support.shape[1:])
+        flat = variable.support.reshape(
+            variable.size, *[1] * (value.dim() - event), *variable.support.shape[1:]
+        )
         match = flat == value.unsqueeze(0)
         match = match.flatten(match.dim() - event).all(-1) if event else match
         if not bool(match.any(0).all()):
@@ -356,13 +397,17 @@ class Posterior:
         """A row per site, datum, position and state: columns site, datum, position, state, probability, mean, sd."""
         sites = list(self.variables)
         tables = self._marginal_tables([(s,) for s in sites]) if sites else []
-        return pd.concat([self._site_frame(s, t) for s, t in zip(sites, tables, strict=True)], ignore_index=True)
+        return pd.concat(
+            [self._site_frame(s, t) for s, t in zip(sites, tables, strict=True)], ignore_index=True
+        )
 
     def _site_frame(self, site: str, table: Tensor) -> pd.DataFrame:
         variable = self.variables[site]
         if variable.steps is None:
             return probability_frame(site, table.movedim(0, -1), variable.plates, self.data_plate)
-        frame = probability_frame(site, table.movedim(0, -1), (*variable.plates, time_axis(variable.steps)), self.data_plate)
+        frame = probability_frame(
+            site, table.movedim(0, -1), (*variable.plates, time_axis(variable.steps)), self.data_plate
+        )
         if variable.lengths is None:
             return frame
         shape = [self.plate_sizes[p] for p in variable.plates]
@@ -371,14 +416,19 @@ class Posterior:
         return frame[inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size).reshape(-1).numpy()]
 
 
-def probability_frame(site: str, probs: Tensor, plates: Sequence[str], data_plate: str | None) -> pd.DataFrame:
+def probability_frame(
+    site: str, probs: Tensor, plates: Sequence[str], data_plate: str | None
+) -> pd.DataFrame:
     """The rows of one discrete site from its marginal [*plates, K]; rows of zeros (impossible data) stay empty."""
     shape = probs.shape
     index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(-1, len(shape))
     frame = pd.DataFrame({"site": pd.Series([site] * len(index), dtype="string")})
     others = [i for i, p in enumerate(plates) if p != data_plate]
-    datum = index[:, list(plates).index(data_plate)].numpy() if data_plate in plates else None
-    frame["datum"] = pd.array(datum, dtype="Int64") if datum is not None else pd.array([pd.NA] * len(index), dtype="Int64")
+    local = data_plate is not None and data_plate in plates
+    datum = index[:, list(plates).index(str(data_plate))].numpy() if local else None
+    frame["datum"] = (
+        pd.array(datum, dtype="Int64") if datum is not None else pd.array([pd.NA] * len(index), dtype="Int64")
+    )
     columns = index[:, others].tolist()
     frame["position"] = pd.Series([",".join(map(str, c)) for c in columns], dtype="string")
     frame["state"] = pd.array(index[:, -1].numpy(), dtype="Int64")
@@ -401,7 +451,9 @@ def _conditional(step: Step) -> Tensor:
     """log p(z_v | the clique's other variables): −∞ rows (impossible) stay −∞."""
     clique = step.clique.tensor.detach()
     norm = log_sum_exp(clique, 0)
-    return torch.where(torch.isfinite(norm), clique - torch.where(torch.isfinite(norm), norm, 0.0), -torch.inf)
+    return torch.where(
+        torch.isfinite(norm), clique - torch.where(torch.isfinite(norm), norm, 0.0), -torch.inf
+    )
 
 
 def _gather(clique: Named, variable: str, states: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
@@ -422,13 +474,21 @@ def _gather(clique: Named, variable: str, states: Mapping[str, Tensor], order: S
 def _detached(factor: Factor) -> Factor:
     scale = factor.scale.detach() if isinstance(factor.scale, Tensor) else factor.scale
     return Factor(
-        factor.site, factor.log_prob.detach(), factor.dims, factor.plates, scale, factor.scale_dims, factor.observed
+        factor.site,
+        factor.log_prob.detach(),
+        factor.dims,
+        factor.plates,
+        scale,
+        factor.scale_dims,
+        factor.observed,
     )
 
 
 def _with_gradient(factor: Factor) -> Factor:
     leaf = factor.log_prob.detach().clone().requires_grad_()
-    return Factor(factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed)
+    return Factor(
+        factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed
+    )
 
 
 __all__ = ["Mode", "Posterior", "categorical_of", "probability_frame"]

@@ -99,7 +99,11 @@ def run(
         result = _collect(plan, fits, failures, directory)
     _write(plan, result, interrupted)
     if interrupted is not None:
-        kept = f"the results of {', '.join(fits)} are in {directory}" if fits else "no fit had finished; nothing is kept"
+        kept = (
+            f"the results of {', '.join(fits)} are in {directory}"
+            if fits
+            else "no fit had finished; nothing is kept"
+        )
         raise Interrupted(f"interrupted during fit '{interrupted}': {kept}")
     return result
 
@@ -111,7 +115,9 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
         InputError: the first thing found wrong.
     """
     loaded, base = load_experiment(experiment, overrides)
-    lines: list[tuple[str, bool, str]] = [("experiment", True, f"'{loaded.name}': {len(loaded.fits)} fits, {loaded.dtype}")]
+    lines: list[tuple[str, bool, str]] = [
+        ("experiment", True, f"'{loaded.name}': {len(loaded.fits)} fits, {loaded.dtype}")
+    ]
     with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
         plan = _prepare(loaded, base, smoke=True)
         shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in plan.dataset.tensors.items())
@@ -121,7 +127,9 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
         first = problems[order[0]].model.structure
         sites = ", ".join(f"{s.name} ({s.family}, {s.kind})" for s in first.sites.values())
         theta = ", ".join(f"{n} {list(s.initial.shape)}" for n, s in first.parameters.items()) or "none"
-        lines.append(("model", True, f"sites {sites}; parameters {theta}; data plate {first.data_plate or 'none'}"))
+        lines.append(
+            ("model", True, f"sites {sites}; parameters {theta}; data plate {first.data_plate or 'none'}")
+        )
         lines.append(("exact engine", True, _engine(problems[order[0]])))
         for name in order:
             lines.append((f"fit {name}", True, _try_fit(problems[name], plan.options[name])))
@@ -132,7 +140,9 @@ def _engine(problem: Problem) -> str:
     open_sites = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
     if open_sites:
         return f"none: {', '.join(open_sites)} not enumerated"
-    return f"enumeration of {', '.join(problem.model.structure.enumerated) or 'nothing'} by variable elimination"
+    return (
+        f"enumeration of {', '.join(problem.model.structure.enumerated) or 'nothing'} by variable elimination"
+    )
 
 
 def _try_fit(problem: Problem, options: Options) -> str:
@@ -163,12 +173,16 @@ def _prepare(experiment: Experiment, base: Path, smoke: bool) -> _Plan:
     dtype = _dtype(experiment)
     dataset = data.load(experiment.data, base, dtype, derive_seed(experiment.seed, "split") % 2**32)
     if "mcmc" in {o.algorithm for o in experiment.fits.values()} or experiment.reference is not None:
-        raise InputError("mcmc", "an algorithm of this version (em, enumeration, vem, svi)", "mcmc", "leave it out")
+        raise InputError(
+            "mcmc", "an algorithm of this version (em, enumeration, vem, svi)", "mcmc", "leave it out"
+        )
     spec = experiment.model
     function = catalogue.resolve(spec.use, "model.use", base, "model")
     catalogue.check_arguments(function, spec.args, tuple(dataset.tensors), "model.args")
     model = _bind(lambda: bind_model(function, spec.args), f"model '{spec.use}'")
-    options = {n: o.model_copy(update=_cut(o, SMOKE_STEPS)) if smoke else o for n, o in experiment.fits.items()}
+    options = {
+        n: o.model_copy(update=_cut(o, SMOKE_STEPS)) if smoke else o for n, o in experiment.fits.items()
+    }
     plan = _Plan(experiment, base, dataset, model, dtype, {}, options)
     for name, option in options.items():
         plan.builders[name] = _builder(plan, name, option)
@@ -181,7 +195,9 @@ def _bind(build: Callable[[], Callable[..., Any]], where: str) -> Callable[..., 
     except InputError:
         raise
     except Exception as error:
-        raise InputError(where, "a class that can be built from args", f"{type(error).__name__}: {error}") from error
+        raise InputError(
+            where, "a class that can be built from args", f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def _builder(plan: _Plan, name: str, options: Options) -> Callable[[Mapping[str, Fit], Progress], Problem]:
@@ -206,7 +222,7 @@ def _builder(plan: _Plan, name: str, options: Options) -> Callable[[Mapping[str,
     def build(done: Mapping[str, Fit], progress: Progress) -> Problem:
         origin = getattr(options, "start_from", None)
         start: dict[str, Tensor] | None = None
-        if origin in done:
+        if origin is not None and origin in done:
             start = {**done[origin].parameters, **done[origin].guide_parameters}
         seed = plan.experiment.seed
         torch.manual_seed(derive_seed(seed, name, "build"))
@@ -256,12 +272,16 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
                 require_enumerated(problems[name], algorithm)
             batch = getattr(plan.options[name], "batch_size", None)
             if batch is not None and problems[name].data_plate is None:
-                raise InputError(f"{where}.batch_size", "a model with a data plate", "a model without one", "leave it out")
+                raise InputError(
+                    f"{where}.batch_size", "a model with a data plate", "a model without one", "leave it out"
+                )
         except InputError as error:
             raise _within(where, error) from error
     plate = problems[order[0]].data_plate
     if plan.experiment.data.test_fraction and plate is None:
-        raise InputError("data.test_fraction", "a model with a data plate", "a model without one", "set it to 0")
+        raise InputError(
+            "data.test_fraction", "a model with a data plate", "a model without one", "set it to 0"
+        )
     return problems
 
 
@@ -285,7 +305,9 @@ def _run_fits(
         try:
             origin = getattr(plan.options[name], "start_from", None)
             if origin in failures:
-                raise InputError(f"fits.{name}.start_from", "a fit that finished", f"'{origin}', which failed")
+                raise InputError(
+                    f"fits.{name}.start_from", "a fit that finished", f"'{origin}', which failed"
+                )
             problem = plan.builders[name]({n: f for n, (_, f) in finished.items()}, progress)
             finished[name] = (problem, INFER[plan.options[name].algorithm](problem, plan.options[name]))
         except KeyboardInterrupt:
@@ -299,7 +321,11 @@ def _run_fits(
 def _collect(
     plan: _Plan, fits: Mapping[str, tuple[Problem, Fit]], failures: Mapping[str, str], directory: Path
 ) -> Run:
-    summary = [_summary_row(plan, name, fits, failures) for name in plan.experiment.fits if name in fits or name in failures]
+    summary = [
+        _summary_row(plan, name, fits, failures)
+        for name in plan.experiment.fits
+        if name in fits or name in failures
+    ]
     parts: dict[str, list[pd.DataFrame]] = {"history": [], "parameters": [], "posterior": [], "gaps": []}
     for name in plan.experiment.fits:
         if name not in fits:
@@ -316,7 +342,16 @@ def _collect(
     whole = tables.validate("summary", pd.DataFrame(summary)) if summary else tables.empty("summary")
     results = {name: fit for name, (_, fit) in fits.items()}
     bad = tuple(n for n in plan.experiment.fits if n in failures)
-    return Run(directory, whole, frames["history"], frames["parameters"], frames["posterior"], frames["gaps"], results, bad)
+    return Run(
+        directory,
+        whole,
+        frames["history"],
+        frames["parameters"],
+        frames["posterior"],
+        frames["gaps"],
+        results,
+        bad,
+    )
 
 
 def _summary_row(
@@ -327,7 +362,14 @@ def _summary_row(
     row: dict[str, Any] = {"fit": name, "algorithm": options.algorithm, "guide": spec.use if spec else ""}
     if name in failures:
         blank = {c: math.nan for c in tables.SCHEMAS["summary"] if c not in row}
-        return {**blank, **row, "status": "failed", "steps": 0, "log_evidence_kind": "none", "message": failures[name]}
+        return {
+            **blank,
+            **row,
+            "status": "failed",
+            "steps": 0,
+            "log_evidence_kind": "none",
+            "message": failures[name],
+        }
     problem, fit = fits[name]
     test_evidence, test_elbo = math.nan, math.nan
     if plan.dataset.test:
@@ -362,7 +404,9 @@ def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
         if value.dim() == 0:
             rows.append((name, parameter, "", flat[0]))
             continue
-        index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape)).reshape(-1, value.dim()).tolist()
+        index = (
+            torch.cartesian_prod(*(torch.arange(s) for s in value.shape)).reshape(-1, value.dim()).tolist()
+        )
         rows += [(name, parameter, ",".join(map(str, i)), v) for i, v in zip(index, flat, strict=True)]
     return pd.DataFrame(rows, columns=["fit", "parameter", "position", "value"])
 
@@ -391,12 +435,19 @@ def _check_directory(directory: Path) -> None:
             raise InputError(where, "a folder", "a file", "give another --out")
         entries = list(directory.iterdir())
         if entries and not all((directory / mark).exists() for mark in _MARKS):
-            raise InputError(where, "a new folder or one of an earlier run", "a folder with other files", "give another --out")
+            raise InputError(
+                where,
+                "a new folder or one of an earlier run",
+                "a folder with other files",
+                "give another --out",
+            )
     parent = directory
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(where, "a folder that can be written", f"no write permission in {parent}", "give another --out")
+        raise InputError(
+            where, "a folder that can be written", f"no write permission in {parent}", "give another --out"
+        )
 
 
 def _write(plan: _Plan, result: Run, interrupted: str | None) -> None:

@@ -33,9 +33,11 @@ def gaussian_mixture(x: Tensor, num_components: int, covariance: Covariance = "f
     if covariance not in ("full", "tied", "diag", "spherical"):
         raise ValueError(f"covariance must be full, tied, diag or spherical, got {covariance!r}")
     x = x.unsqueeze(-1) if x.dim() == 1 else x
-    size, features = x.shape
+    size = len(x)
     if not 1 <= num_components <= size:
-        raise ValueError(f"num_components must lie between 1 and the number of rows, {size}, got {num_components}")
+        raise ValueError(
+            f"num_components must lie between 1 and the number of rows, {size}, got {num_components}"
+        )
     start: dict[str, Tensor] = {}
 
     def begin(name: str) -> Any:
@@ -69,7 +71,7 @@ def _start(x: Tensor, num_components: int, covariance: Covariance) -> dict[str, 
     rows = x.detach()
     if len(rows) > 10_000:  # a start needs no more than a sample, evenly spaced over the rows
         rows = rows[torch.linspace(0, len(rows) - 1, 10_000).long()]
-    size, features = rows.shape
+    size = len(rows)
     overall = rows.var(0, unbiased=False).clamp_min(1e-12)
     scaled = (rows - rows.mean(0)) / overall.sqrt()
     centres = _spread_centres(scaled, num_components)

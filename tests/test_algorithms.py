@@ -42,7 +42,9 @@ model = functools.partial(gaussian_mixture, num_components=3)
 
 
 @pytest.mark.parametrize("algorithm", ["em", "enumeration"])
-def test_iris_log_evidence_equals_sklearn_optimum(iris: Tensor, sklearn_optimum: float, algorithm: str) -> None:
+def test_iris_log_evidence_equals_sklearn_optimum(
+    iris: Tensor, sklearn_optimum: float, algorithm: str
+) -> None:
     fit = lvmppl.fit(model, {"x": iris}, algorithm=algorithm)
     assert fit.status == "converged"
     assert fit.log_evidence == pytest.approx(sklearn_optimum, abs=1e-3)
@@ -51,7 +53,9 @@ def test_iris_log_evidence_equals_sklearn_optimum(iris: Tensor, sklearn_optimum:
 
 @pytest.mark.parametrize("covariance", ["full", "tied", "diag", "spherical"])
 def test_mixture_log_evidence_and_responsibilities_equal_sklearn(iris: Tensor, covariance: Any) -> None:
-    mixture = GaussianMixture(4, covariance_type=covariance, random_state=1, max_iter=3, tol=1e-1).fit(iris.numpy())
+    mixture = GaussianMixture(4, covariance_type=covariance, random_state=1, max_iter=3, tol=1e-1).fit(
+        iris.numpy()
+    )
     spread = torch.tensor(mixture.covariances_)
     name = "covariance" if covariance in ("full", "tied") else "variance"
     theta = {"weights": torch.tensor(mixture.weights_), "loc": torch.tensor(mixture.means_), name: spread}
@@ -90,7 +94,9 @@ GUIDED = [
 
 
 @pytest.mark.parametrize(("algorithm", "guide", "options"), GUIDED)
-def test_elbo_plus_kl_equals_log_evidence_per_datum(iris: Tensor, algorithm: str, guide: Any, options: Any) -> None:
+def test_elbo_plus_kl_equals_log_evidence_per_datum(
+    iris: Tensor, algorithm: str, guide: Any, options: Any
+) -> None:
     fit = lvmppl.fit(model, {"x": iris}, algorithm=algorithm, guide=guide, **options)
     assert fit.variational is not None and fit.posterior is not None and fit.elbo_per_datum is not None
     q, p = fit.variational.probabilities("z"), fit.posterior.probabilities("z")
@@ -115,17 +121,23 @@ def test_kl_equals_brute_force_when_guide_leaves_a_site_out(iris: Tensor) -> Non
     x = iris[:20, 0]
 
     def two_causes(x: Tensor) -> None:
-        table = pyro.param("table", torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]), constraint=constraints.simplex)
+        table = pyro.param(
+            "table", torch.tensor([[0.2, 0.8], [0.6, 0.4], [0.5, 0.5]]), constraint=constraints.simplex
+        )
         loc = pyro.param("loc", torch.tensor([[4.0, 5.0], [5.5, 4.5], [6.0, 5.2]]))
         with pyro.plate("data", len(x)):
-            a = pyro.sample("a", dist.Categorical(torch.tensor([0.3, 0.3, 0.4])), infer={"enumerate": "parallel"})
+            a = pyro.sample(
+                "a", dist.Categorical(torch.tensor([0.3, 0.3, 0.4])), infer={"enumerate": "parallel"}
+            )
             b = pyro.sample("b", dist.Categorical(table[a]), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(loc[a, b], 0.7), obs=x)
 
     def guide(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             start = torch.linspace(0.1, 1.0, len(x) * 3).reshape(len(x), 3)
-            q = pyro.param("q", start / start.sum(-1, keepdim=True), constraint=constraints.simplex, event_dim=1)
+            q = pyro.param(
+                "q", start / start.sum(-1, keepdim=True), constraint=constraints.simplex, event_dim=1
+            )
             pyro.sample("a", dist.Categorical(q))
 
     fit = lvmppl.fit(two_causes, {"x": x}, algorithm="svi", guide=guide, max_steps=3)
@@ -134,7 +146,9 @@ def test_kl_equals_brute_force_when_guide_leaves_a_site_out(iris: Tensor) -> Non
     joint = np.zeros((20, 3, 2))
     for a in range(3):
         for b in range(2):
-            density = np.exp(-0.5 * ((x.numpy() - theta["loc"][a, b]) / 0.7) ** 2) / (0.7 * math.sqrt(2 * math.pi))
+            density = np.exp(-0.5 * ((x.numpy() - theta["loc"][a, b]) / 0.7) ** 2) / (
+                0.7 * math.sqrt(2 * math.pi)
+            )
             joint[:, a, b] = [0.3, 0.3, 0.4][a] * theta["table"][a, b] * density
     posterior = joint.sum(2) / joint.sum((1, 2))[:, None]
     q = fit.guide_parameters["q"].numpy()
@@ -156,12 +170,16 @@ def test_conjugate_normal_svi_recovers_the_posterior() -> None:
         scale = pyro.param("q_scale", torch.tensor(1.0), constraint=constraints.positive)
         pyro.sample("z", dist.Normal(loc, scale))
 
-    fit = lvmppl.fit(normal, {"x": x}, algorithm="svi", guide=guide, max_steps=3000, learning_rate=0.03, num_particles=4)
+    fit = lvmppl.fit(
+        normal, {"x": x}, algorithm="svi", guide=guide, max_steps=3000, learning_rate=0.03, num_particles=4
+    )
     precision = 1 / 4 + 5
     assert float(fit.guide_parameters["q_loc"]) == pytest.approx(float(x.sum()) / precision, abs=0.03)
     assert float(fit.guide_parameters["q_scale"]) == pytest.approx(precision**-0.5, abs=0.03)
     covariance = torch.eye(5, dtype=torch.float64) + 4.0
-    evidence = float(torch.distributions.MultivariateNormal(torch.zeros(5, dtype=torch.float64), covariance).log_prob(x))
+    evidence = float(
+        torch.distributions.MultivariateNormal(torch.zeros(5, dtype=torch.float64), covariance).log_prob(x)
+    )
     assert fit.log_evidence_kind == "exact"
     assert fit.log_evidence == pytest.approx(evidence, abs=1e-9)
     assert 0 < fit.elbo_error < 0.1
@@ -175,16 +193,26 @@ def test_fit_comes_back_from_disk(iris: Tensor, tmp_path: Path) -> None:
     assert again.status == fit.status and again.elbo == fit.elbo and again.guide == "categorical"
     assert again.history.equals(fit.history)
     assert again.posterior is not None and again.variational is not None and fit.posterior is not None
-    torch.testing.assert_close(again.posterior.probabilities("z"), fit.posterior.probabilities("z"), rtol=0, atol=0)
-    torch.testing.assert_close(again.guide_parameters["z_probs"], fit.guide_parameters["z_probs"], rtol=0, atol=0)
-    with pytest.raises(InputError, match="a fit saved by Fit.save"):
+    torch.testing.assert_close(
+        again.posterior.probabilities("z"), fit.posterior.probabilities("z"), rtol=0, atol=0
+    )
+    torch.testing.assert_close(
+        again.guide_parameters["z_probs"], fit.guide_parameters["z_probs"], rtol=0, atol=0
+    )
+    with pytest.raises(InputError, match=r"a fit saved by Fit\.save"):
         lvmppl.load_fit(tmp_path / "nothing.safetensors")
 
 
 def test_freeze_and_start_from_hold_parameters_still(iris: Tensor) -> None:
     first = lvmppl.fit(model, {"x": iris}, algorithm="em", max_steps=3)
     guided = lvmppl.fit(
-        model, {"x": iris}, algorithm="svi", guide=categorical, max_steps=5, start_from=first, freeze=["weights", "loc"]
+        model,
+        {"x": iris},
+        algorithm="svi",
+        guide=categorical,
+        max_steps=5,
+        start_from=first,
+        freeze=["weights", "loc"],
     )
     for name in ("weights", "loc"):
         torch.testing.assert_close(guided.parameters[name], first.parameters[name], rtol=0, atol=0)
@@ -218,11 +246,18 @@ def test_svi_returns_the_tail_average_of_a_table_by_row() -> None:
         table[rows] += torch.randn(3, 2, generator=generator, dtype=torch.float64)
         average.after_step({"t": table})
         seen.append(table.clone())
-    torch.testing.assert_close(average.mean({"t": table})["t"], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        average.mean({"t": table})["t"], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_same_seed_gives_the_same_fit(iris: Tensor) -> None:
-    options: dict[str, Any] = {"algorithm": "svi", "guide": categorical_encoder, "batch_size": 40, "max_steps": 15}
+    options: dict[str, Any] = {
+        "algorithm": "svi",
+        "guide": categorical_encoder,
+        "batch_size": 40,
+        "max_steps": 15,
+    }
     first = lvmppl.fit(model, {"x": iris}, seed=4, **options)
     second = lvmppl.fit(model, {"x": iris}, seed=4, **options)
     other = lvmppl.fit(model, {"x": iris}, seed=5, **options)

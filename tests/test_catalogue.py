@@ -116,7 +116,7 @@ UNRESOLVED: dict[str, tuple[str, str]] = {
     "no such module": ("lvmppl.nowhere:f", "a module .*, got no module named lvmppl.nowhere; .*"),
     "no such module function": ("lvmppl.models.mixture:gaussian", ".*did you mean 'gaussian_mixture'.*"),
     "no module": (":f", ".*got ':f'.*"),
-    "not a name": ("json:loads()", ".*got 'json:loads\(\)'.*"),
+    "not a name": ("json:loads()", r".*got 'json:loads\(\)'.*"),
     "relative module": (".mixture:f", ".*got '.mixture:f'.*"),
 }
 

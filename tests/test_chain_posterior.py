@@ -52,7 +52,9 @@ def joint_table(row: int) -> dict[tuple[int, tuple[int, ...]], float]:
         for z in itertools.product(range(K), repeat=steps):
             value = math.log(CLASS[c]) + math.log(PI[c, z[0]])
             value += sum(math.log(A[c, 0, i, j]) for i, j in itertools.pairwise(z))
-            value += sum(-0.5 * float(X[row, t] - MU[c, k]) ** 2 - 0.5 * math.log(2 * math.pi) for t, k in enumerate(z))
+            value += sum(
+                -0.5 * float(X[row, t] - MU[c, k]) ** 2 - 0.5 * math.log(2 * math.pi) for t, k in enumerate(z)
+            )
             result[c, z] = value
     return result
 
@@ -185,7 +187,10 @@ def test_hidden_markov_model_equals_hmmlearn(emission: Any) -> None:
         theta = {"rate": torch.tensor(reference.lambdas_[:, 0])}
     else:
         reference = hmm.GaussianHMM(K, covariance_type="diag", init_params="", implementation="log")
-        reference.means_, reference.covars_ = np.array([[-1.0], [0.5], [2.0]]), np.array([[0.5], [1.0], [2.0]])
+        reference.means_, reference.covars_ = (
+            np.array([[-1.0], [0.5], [2.0]]),
+            np.array([[0.5], [1.0], [2.0]]),
+        )
         data = rng.normal(size=(21, 1))
         theta = {"loc": torch.tensor(reference.means_[:, 0])}
     reference.startprob_, reference.transmat_ = start, moves
@@ -195,7 +200,9 @@ def test_hidden_markov_model_equals_hmmlearn(emission: Any) -> None:
     model = functools.partial(hidden_markov, num_states=K, emission=emission)
     if emission == "gaussian":
         spread = _spread_name(model, padded)
-        theta[spread] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).pow(0.5 if spread == "scale" else 1.0)
+        theta[spread] = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64).pow(
+            0.5 if spread == "scale" else 1.0
+        )
     theta |= {"initial": torch.tensor(start), "transition": torch.tensor(moves)}
     torch.set_default_dtype(torch.float64)
     try:

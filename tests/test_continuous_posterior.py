@@ -27,7 +27,9 @@ def x() -> Tensor:
     return torch.randn(N, D, generator=generator, dtype=torch.float64) * 2 + 1
 
 
-LOADINGS = torch.tensor([[[1.0, 0.5, -0.3], [0.2, -1.0, 0.7]], [[-0.4, 0.9, 1.1], [1.5, 0.1, 0.2]]], dtype=torch.float64)
+LOADINGS = torch.tensor(
+    [[[1.0, 0.5, -0.3], [0.2, -1.0, 0.7]], [[-0.4, 0.9, 1.1], [1.5, 0.1, 0.2]]], dtype=torch.float64
+)
 WEIGHTS = torch.tensor([0.3, 0.7], dtype=torch.float64)
 
 
@@ -81,9 +83,13 @@ def test_gaussian_posterior_samples_mode_and_entropy_agree_with_its_log_prob(x: 
 
 def test_factor_analysis_log_evidence_equals_sklearn(x: Tensor) -> None:
     generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(40, 5, generator=generator, dtype=torch.float64) @ torch.randn(5, 5, generator=generator, dtype=torch.float64)
+    rows = torch.randn(40, 5, generator=generator, dtype=torch.float64) @ torch.randn(
+        5, 5, generator=generator, dtype=torch.float64
+    )
     found = FactorAnalysis(2, random_state=0).fit(rows.numpy())
-    loadings, noise, centre = (torch.tensor(a) for a in (found.components_, found.noise_variance_, found.mean_))
+    loadings, noise, centre = (
+        torch.tensor(a) for a in (found.components_, found.noise_variance_, found.mean_)
+    )
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):
@@ -158,7 +164,10 @@ def test_quadrature_with_an_enumerated_site_equals_scipy(x: Tensor) -> None:
         parts = [
             weight
             * integrate.quad(
-                lambda z, m=m, v=value: stats.norm(m, 0.5).pdf(z) * stats.poisson(math.exp(z)).pmf(v), -8, 8, epsabs=1e-13
+                lambda z, m=m, v=value: stats.norm(m, 0.5).pdf(z) * stats.poisson(math.exp(z)).pmf(v),
+                -8,
+                8,
+                epsabs=1e-13,
             )[0]
             for weight, m in ((0.75, -1.0), (0.25, 1.0))
         ]
@@ -235,7 +244,9 @@ def test_summary_of_a_fit_with_continuous_sites_is_exact_where_it_can_be(x: Tens
 
     from pyro.infer.autoguide import AutoNormal
 
-    fit = lvmppl.fit(model, {"x": x[:, 0]}, algorithm="svi", guide=AutoNormal, max_steps=400, learning_rate=0.05)
+    fit = lvmppl.fit(
+        model, {"x": x[:, 0]}, algorithm="svi", guide=AutoNormal, max_steps=400, learning_rate=0.05
+    )
     expected = stats.norm(0, math.sqrt(2)).logpdf(x[:, 0].numpy())
     assert fit.log_evidence == pytest.approx(expected.sum(), rel=1e-10)
     assert fit.elbo < fit.log_evidence + 4 * fit.elbo_error

@@ -47,7 +47,9 @@ def continuous(x: Tensor) -> None:
 def table_guide(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         start = torch.linspace(0.1, 1.0, len(x) * K).reshape(len(x), K)
-        probs = pyro.param("q", start / start.sum(-1, keepdim=True), constraint=constraints.simplex, event_dim=1)
+        probs = pyro.param(
+            "q", start / start.sum(-1, keepdim=True), constraint=constraints.simplex, event_dim=1
+        )
         pyro.sample("z", dist.Categorical(probs))
 
 
@@ -223,14 +225,22 @@ def test_two_fits_of_different_models_do_not_influence_each_other(x: Tensor) -> 
         loc = pyro.param("loc", torch.tensor([5.0, -5.0]).to(x))  # the same name, another shape
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(loc[z.long()].unsqueeze(-1), 1.0).expand_by([1]).to_event(1), obs=x[:, :1])
+            pyro.sample(
+                "x", dist.Normal(loc[z.long()].unsqueeze(-1), 1.0).expand_by([1]).to_event(1), obs=x[:, :1]
+            )
 
     def simple(x: Tensor) -> None:
         loc = pyro.param("loc", torch.zeros(D).to(x))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(loc, 1.0).to_event(1), obs=x)
 
-    options: dict[str, Any] = {"algorithm": "svi", "guide": categorical, "max_steps": 5, "batch_size": 4, "seed": 3}
+    options: dict[str, Any] = {
+        "algorithm": "svi",
+        "guide": categorical,
+        "max_steps": 5,
+        "batch_size": 4,
+        "seed": 3,
+    }
     alone = lvmppl.fit(mixture, {"x": x}, **options)
     lvmppl.fit(simple, {"x": x}, algorithm="enumeration", max_steps=3)
     again = lvmppl.fit(mixture, {"x": x}, **options)

@@ -28,7 +28,10 @@ def test_same_file_and_seed_gives_the_same_csv_byte_for_byte(first: lvmppl.Run, 
         assert a == b, name
         assert len(a) > 1000
     for name in ("summary", "history"):
-        a, b = (pd.read_csv(r.directory / f"{name}.csv", dtype=str).drop(columns="seconds") for r in (first, second))
+        a, b = (
+            pd.read_csv(r.directory / f"{name}.csv", dtype=str).drop(columns="seconds")
+            for r in (first, second)
+        )
         pd.testing.assert_frame_equal(a, b)
 
 
@@ -72,19 +75,30 @@ def test_history_has_a_row_for_the_start_and_each_step(first: lvmppl.Run) -> Non
     for (_, _), rows in history.groupby(["fit", "restart"]):
         assert rows["step"].tolist() == list(range(len(rows)))
     kinds = history.groupby("fit")["objective_kind"].unique().map(list).to_dict()
-    assert kinds == {"em": ["log_evidence"], "gradient": ["log_evidence"], "local": ["elbo"], "amortized": ["elbo"]}
+    assert kinds == {
+        "em": ["log_evidence"],
+        "gradient": ["log_evidence"],
+        "local": ["elbo"],
+        "amortized": ["elbo"],
+    }
 
 
 def test_folder_holds_what_the_contract_lists(first: lvmppl.Run) -> None:
     names = {p.name for p in first.directory.iterdir()}
-    tables = {f"{t}.{end}" for t in ("summary", "history", "parameters", "posterior", "gaps") for end in ("csv", "parquet")}
+    tables = {
+        f"{t}.{end}"
+        for t in ("summary", "history", "parameters", "posterior", "gaps")
+        for end in ("csv", "parquet")
+    }
     assert names == tables | {"experiment.yaml", "environment.json", "report.html", "plots"}
     assert len(list((first.directory / "plots").glob("*.png"))) >= 4
 
 
 def test_held_out_rows_are_scored_at_the_fits_own_parameters(tmp_path: Path) -> None:
     run = lvmppl.run(
-        "iris_mixture", tmp_path / "run", (*SHORT, "data.test_fraction=0.2", "fits.local.guide.use=categorical")
+        "iris_mixture",
+        tmp_path / "run",
+        (*SHORT, "data.test_fraction=0.2", "fits.local.guide.use=categorical"),
     )
     summary = run.summary.set_index("fit")
     rows = load_iris().data
@@ -98,9 +112,7 @@ def test_held_out_rows_are_scored_at_the_fits_own_parameters(tmp_path: Path) -> 
     local = summary.loc["local"]
     assert local["test_log_evidence"] - local["test_elbo"] < 0.5
     theta = run.fits["em"].parameters
-    everything = lvmppl.posterior(
-        _iris_model(), {"x": np.asarray(rows)}, parameters=theta
-    )
+    everything = lvmppl.posterior(_iris_model(), {"x": np.asarray(rows)}, parameters=theta)
     total = summary.loc["em", "log_evidence"] + summary.loc["em", "test_log_evidence"]
     assert everything.log_evidence == pytest.approx(total, rel=1e-9)
 
@@ -113,7 +125,9 @@ def _iris_model():  # type: ignore[no-untyped-def]
     return functools.partial(gaussian_mixture, num_components=3)
 
 
-def test_run_of_an_earlier_run_is_replaced_and_a_foreign_folder_is_not(first: lvmppl.Run, tmp_path: Path) -> None:
+def test_run_of_an_earlier_run_is_replaced_and_a_foreign_folder_is_not(
+    first: lvmppl.Run, tmp_path: Path
+) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("mine")

@@ -67,7 +67,9 @@ class RestartOptions(Protocol):
     def max_steps(self) -> int: ...
 
 
-def run_restarts(problem: Problem, restarts: int, max_steps: int, one: Callable[[int], Trajectory]) -> list[Trajectory]:
+def run_restarts(
+    problem: Problem, restarts: int, max_steps: int, one: Callable[[int], Trajectory]
+) -> list[Trajectory]:
     """Run each restart in turn; the caller keeps the best."""
     done = []
     for restart in range(restarts):
@@ -123,7 +125,9 @@ def maximise_lbfgs(
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
-    seen: list[tuple[list[Tensor], Tensor, list[Tensor]]] = []  # the last evaluations: a step starts where one ended
+    seen: list[
+        tuple[list[Tensor], Tensor, list[Tensor]]
+    ] = []  # the last evaluations: a step starts where one ended
 
     def closure() -> Tensor:
         for at, loss, grads in seen:
@@ -134,7 +138,7 @@ def maximise_lbfgs(
         optimizer.zero_grad()
         loss = -objective(leaves)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in flat]
         for leaf, grad in zip(flat, grads, strict=True):
             leaf.grad = grad.clone()
@@ -145,7 +149,7 @@ def maximise_lbfgs(
     if on_step(0, -float(closure()), leaves):
         return
     for step in range(1, max_steps + 1):
-        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.step(closure)
         if on_step(step, -float(closure()), leaves):
             return
 

@@ -38,7 +38,9 @@ def infer(problem: Problem, options: EnumerationOptions) -> Fit:
     """
     require_enumerated(problem, "enumeration")
     with unvalidated():
-        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r))
+        done = run_restarts(
+            problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r)
+        )
     return finish(problem, options, done, best_of(done))
 
 
@@ -57,7 +59,9 @@ def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Traj
         problem.progress.update(step, value)
         if not math.isfinite(value):
             trajectory.status = "diverged"
-            trajectory.message = f"log evidence became {value} at step {step}; the best iterate before it is kept"
+            trajectory.message = (
+                f"log evidence became {value} at step {step}; the best iterate before it is kept"
+            )
             if not trajectory.values:
                 trajectory.values = detached(start)
             return True

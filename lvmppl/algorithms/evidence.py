@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.problem import Problem
-from lvmppl.density import Factor, Rows, Values
 from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.density import Factor, Rows, Values
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.posteriors import Posterior
@@ -44,7 +44,9 @@ def log_evidence(problem: Problem, values: Values) -> Tensor:
     total: Tensor | None = None
     for data, rows in chunks(problem):
         evaluation = problem.model.evaluate(data, values, rows)
-        part = eliminate(evaluation.factors, evaluation.variables, evaluation.plate_sizes, problem.data_plate).total
+        part = eliminate(
+            evaluation.factors, evaluation.variables, evaluation.plate_sizes, problem.data_plate
+        ).total
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -19,7 +19,9 @@ from lvmppl.options import VEMOptions
 _TEST_STEPS = 100  # E phases spent on the λ of held-out rows
 
 
-def score_rows(problem: Problem, fit: Fit, model: Callable[..., Any], rows: Mapping[str, Tensor]) -> tuple[float, float]:
+def score_rows(
+    problem: Problem, fit: Fit, model: Callable[..., Any], rows: Mapping[str, Tensor]
+) -> tuple[float, float]:
     """(log evidence, ELBO) of new rows at the fit's θ, NaN where there is none.
 
     An encoder's λ applies to new rows as it is; a λ table is optimised for them with θ held.
@@ -38,7 +40,11 @@ def score_rows(problem: Problem, fit: Fit, model: Callable[..., Any], rows: Mapp
     if fresh.guided is None:
         score = evaluate(fresh, fresh.initial)
         return score.log_evidence, math.nan
-    own = {n: v for n, v in fit.guide_parameters.items() if n in fresh.lambda_ and not fresh.guided.specs[n].is_table}
+    own = {
+        n: v
+        for n, v in fit.guide_parameters.items()
+        if n in fresh.lambda_ and not fresh.guided.specs[n].is_table
+    }
     fresh = replace(fresh, initial={**fresh.initial, **own}, frozen=(*fresh.theta, *own))
     values = fresh.initial
     if fresh.free_lambda:

@@ -103,7 +103,9 @@ class _Rules:
         sites = tuple(
             self._site(name, use) for name, use in self.proposal.uses.items() if self._is_wanted(use)
         )
-        looked_up = all(use.is_looked_up for use in self.proposal.uses.values())
+        looked_up = all(use.is_looked_up for use in self.proposal.uses.values()) and not self.proposal.opaque
+        if looked_up and not self.why:
+            sites = tuple(self._site(name, use) for name, use in self.proposal.uses.items())
         return Plan(
             sites,
             tuple(self._describe(n) for n in self.problem.theta),

@@ -14,8 +14,8 @@ from lvmppl.algorithms.ascent import Trajectory
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.stepper import StepSeeds
-from lvmppl.density import Values
 from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.density import Values
 from lvmppl.elbo import elbo
 from lvmppl.errors import IntractableError
 from lvmppl.exact.evaluation import ImproperPosterior

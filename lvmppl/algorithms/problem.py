@@ -118,21 +118,36 @@ def build_problem(
             initial[key] = value.detach().clone()
         elif key in structure.parameters:
             raise InputError(
-                f"start of parameter '{key}'", f"shape {tuple(initial[key].shape)}", f"shape {tuple(value.shape)}"
+                f"start of parameter '{key}'",
+                f"shape {tuple(initial[key].shape)}",
+                f"shape {tuple(value.shape)}",
             )
     unknown = [n for n in frozen if n not in initial]
     if unknown:
-        raise InputError("freeze", f"parameters of the model or guide ({', '.join(initial)})", ", ".join(unknown))
+        raise InputError(
+            "freeze", f"parameters of the model or guide ({', '.join(initial)})", ", ".join(unknown)
+        )
     joint = Joint(program, structure)
     return Problem(
-        name, joint, guided, data, initial, seed, tuple(frozen), guide_name, progress if progress else Silent()
+        name,
+        joint,
+        guided,
+        data,
+        initial,
+        seed,
+        tuple(frozen),
+        guide_name,
+        progress if progress else Silent(),
     )
 
 
 def _check_observed(structure: Structure) -> None:
     if not any(s.kind == "observed" for s in structure.sites.values()):
         raise ModelError(
-            "model", "at least one observed site", "none", "pass the data to pyro.sample(..., obs=x) or pyro.factor"
+            "model",
+            "at least one observed site",
+            "none",
+            "pass the data to pyro.sample(..., obs=x) or pyro.factor",
         )
 
 
@@ -145,11 +160,15 @@ def check_guide(model: Structure, guide: Structure) -> None:
     """
     for name, site in guide.sites.items():
         if name in model.sites and model.sites[name].kind == "observed":
-            raise ModelError(f"guide site '{name}'", "a latent site of the model", "one that the model observes")
+            raise ModelError(
+                f"guide site '{name}'", "a latent site of the model", "one that the model observes"
+            )
         if name not in model.sites and not site.auxiliary:
             latents = ", ".join(model.latents) or "none"
             raise ModelError(
-                f"guide site '{name}'", f"a latent site of the model ({latents})", "a site that the model lacks"
+                f"guide site '{name}'",
+                f"a latent site of the model ({latents})",
+                "a site that the model lacks",
             )
         if name in model.sites and set(site.plates) != set(model.sites[name].plates):
             raise ModelError(
@@ -184,4 +203,6 @@ def require_enumerated(problem: Problem, algorithm: str) -> None:
     if open_sites:
         listing = ", ".join(f"{s.name} ({s.family})" for s in open_sites)
         fix = "mark finite discrete sites infer={'enumerate': 'parallel'}; otherwise use vem or svi with a guide"
-        raise IntractableError(f"fit '{problem.name}', algorithm {algorithm}", "only enumerated latent sites", listing, fix)
+        raise IntractableError(
+            f"fit '{problem.name}', algorithm {algorithm}", "only enumerated latent sites", listing, fix
+        )

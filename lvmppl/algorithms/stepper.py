@@ -55,7 +55,12 @@ class Stepper:
         minibatches: bool,
     ) -> None:
         assert problem.guided is not None
-        self.problem, self.joint, self.rate, self.clip_norm = problem, problem.guided, learning_rate, clip_norm
+        self.problem, self.joint, self.rate, self.clip_norm = (
+            problem,
+            problem.guided,
+            learning_rate,
+            clip_norm,
+        )
         specs = self.joint.specs
         self.coordinates = Coordinates(specs, names)
         raw = self.coordinates.unconstrain(start)
@@ -90,7 +95,7 @@ class Stepper:
         """One ascent step on `value` (negated here, and only here, for the optimizer)."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        (-value).backward()  # type: ignore[no-untyped-call]
+        (-value).backward()
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_([*self.dense, *rows.values()], self.clip_norm)
         if self.optimizer is not None:
@@ -184,7 +189,9 @@ class _Average:
         return result
 
 
-def batch_elbo(problem: Problem, joint: Joint, values: Mapping[str, Tensor], indices: Tensor | None, particles: int = 1) -> Tensor:
+def batch_elbo(
+    problem: Problem, joint: Joint, values: Mapping[str, Tensor], indices: Tensor | None, particles: int = 1
+) -> Tensor:
     """The ELBO of a batch, scaled to all rows: an unbiased estimate of the full ELBO (exact where nothing is sampled)."""
     data, rows = problem.rows(indices)
     total: Tensor | None = None
@@ -211,7 +218,9 @@ def batch_elbo(problem: Problem, joint: Joint, values: Mapping[str, Tensor], ind
 def draws(problem: Problem) -> bool:
     """Whether the guide has sites that are drawn, so that its ELBO is an estimate."""
     assert problem.guided is not None and problem.guided.guide_structure is not None
-    return any(s.kind == "latent" and s.family != "Delta" for s in problem.guided.guide_structure.sites.values())
+    return any(
+        s.kind == "latent" and s.family != "Delta" for s in problem.guided.guide_structure.sites.values()
+    )
 
 
 class StepSeeds:
@@ -224,4 +233,4 @@ class StepSeeds:
         torch.default_generator.manual_seed(mixed(self.base + step))
 
 
-__all__: list[Any] = ["Batches", "Stepper", "batch_elbo", "draws", "StepSeeds"]
+__all__: list[Any] = ["Batches", "StepSeeds", "Stepper", "batch_elbo", "draws"]

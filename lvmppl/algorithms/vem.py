@@ -25,7 +25,9 @@ def infer(problem: Problem, options: VEMOptions) -> Fit:
     """Maximise the ELBO over λ and θ in turn."""
     assert problem.guided is not None
     with unvalidated():
-        done = run_restarts(problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r))
+        done = run_restarts(
+            problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r)
+        )
     return finish(problem, options, done, best_of(done))
 
 
@@ -45,7 +47,10 @@ class _Alternation:
         self.start, self.seeds = start, StepSeeds(problem, restart)
 
     def values(self) -> dict[str, torch.Tensor]:
-        return {**self.m_step.full_values(), **{n: self.e_step.full_values()[n] for n in self.problem.lambda_}}
+        return {
+            **self.m_step.full_values(),
+            **{n: self.e_step.full_values()[n] for n in self.problem.lambda_},
+        }
 
     def averaged(self) -> dict[str, torch.Tensor]:
         own = self.e_step.averaged_values()
@@ -53,7 +58,9 @@ class _Alternation:
 
     def objective(self) -> float:
         with torch.no_grad():
-            return float(batch_elbo(self.problem, self.joint, self.values(), None, self.options.num_particles))
+            return float(
+                batch_elbo(self.problem, self.joint, self.values(), None, self.options.num_particles)
+            )
 
     def run(self, step: int, decay: float) -> None:
         """One E phase and one M phase."""

@@ -68,8 +68,9 @@ class Group:
         with torch.no_grad():
             return kernel.viterbi(*self.as_one(), self.lengths)[1]
 
-
-    def given(self, states: Mapping[str, Tensor], order: Sequence[str], plate_sizes: Mapping[str, int]) -> Given:
+    def given(
+        self, states: Mapping[str, Tensor], order: Sequence[str], plate_sizes: Mapping[str, int]
+    ) -> Given:
         """The group as single chains at chosen states of the other sites in its batch.
 
         states: [S, *plates in `order`, size 1 where a site has none]. The batch of the result is S × the group's plates.
@@ -230,11 +231,11 @@ def _group(
             )
     joint = prod(variables[n].size for n in names)
     if joint > MAX_JOINT_STATES:
-        sizes = " × ".join(str(variables[n].size) for n in names)
+        product = " × ".join(str(variables[n].size) for n in names)
         raise IntractableError(
             f"chains {', '.join(names)}",
             f"at most {MAX_JOINT_STATES:,} joint states",
-            f"{sizes} = {joint:,}",
+            f"{product} = {joint:,}",
             "use svi or vem",
         )
     time = time_axis(steps)

@@ -14,7 +14,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.distributions import CatTransform, Transform, biject_to, constraints, identity_transform
 
@@ -71,10 +70,18 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     latents = [s for s in structure.sites.values() if s.kind == "latent"]
     stuck = [s for s in latents if s.discrete]
     if stuck:
-        raise _intractable(stuck, "discrete sites that cannot be enumerated", "truncate the support to a Categorical, or use svi")
+        raise _intractable(
+            stuck,
+            "discrete sites that cannot be enumerated",
+            "truncate the support to a Categorical, or use svi",
+        )
     for factor in evaluation.factors:
         if isinstance(factor.scale, Tensor) or factor.scale != 1.0:
-            raise _intractable(latents, f"site '{factor.site}' carries a scale, which acts after they are integrated", "leave it out")
+            raise _intractable(
+                latents,
+                f"site '{factor.site}' carries a scale, which acts after they are integrated",
+                "leave it out",
+            )
     enumerated = [structure.sites[n] for n in structure.enumerated]
     local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
     home = {plate} if local else set()
@@ -94,11 +101,17 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
         lengths.append(size)
         begin += size
     plain = all(t is identity_transform for t in transforms)
-    whole = None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
+    whole = (
+        None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
+    )
     names = tuple(reversed(structure.enumerated))  # later sites are enumerated further left
     sizes = tuple(evaluation.variables[n].size for n in names)
     if math.prod(sizes) > MAX_CONFIGURATIONS:
-        raise _intractable(enumerated, f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})", "use vem or svi")
+        raise _intractable(
+            enumerated,
+            f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})",
+            "use vem or svi",
+        )
     return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole)
 
 
@@ -109,7 +122,7 @@ def _transform(site: SiteInfo) -> Transform:
         support = support.base_constraint
     if support is constraints.real or support is constraints.real_vector:
         return identity_transform
-    transform = biject_to(support)
+    transform: Transform = biject_to(support)
     if transform.domain.event_dim or transform.codomain.event_dim:
         raise _intractable([site], f"a support ({support}) whose coordinates are tied", "use vem or svi")
     return transform
@@ -117,7 +130,9 @@ def _transform(site: SiteInfo) -> Transform:
 
 def _intractable(sites: list[SiteInfo], what: str, fix: str) -> IntractableError:
     listing = ", ".join(f"{s.name} ({s.family})" for s in sites)
-    return IntractableError("exact posterior", "latent sites that can be summed or integrated", f"{listing}: {what}", fix)
+    return IntractableError(
+        "exact posterior", "latent sites that can be summed or integrated", f"{listing}: {what}", fix
+    )
 
 
 class LogJointOfModel:
@@ -140,7 +155,11 @@ class LogJointOfModel:
             part = self._table(factor, (*lead, *tail))
             total = part if total is None else total + part
         assert total is not None
-        target = (*self.layout.discrete_sizes, z.shape[0], *([self.layout.plate_sizes[tail[0]]] if tail else []))
+        target = (
+            *self.layout.discrete_sizes,
+            z.shape[0],
+            *([self.layout.plate_sizes[tail[0]]] if tail else []),
+        )
         return total.expand(target).movedim(len(lead) - 1, 0).reshape(shape)
 
     def _place(self, block: Block, z: Tensor) -> Tensor:

@@ -106,7 +106,9 @@ class _Eliminator:
             groups.append((names, [t for g in joined for t in g[1]] + [term]))
         return [members for _, members in groups]
 
-    def _eliminate_component(self, component: list[Term], leaf: frozenset[str], result: Elimination) -> list[Named]:
+    def _eliminate_component(
+        self, component: list[Term], leaf: frozenset[str], result: Elimination
+    ) -> list[Named]:
         """Sum the local variables out of one component; what remains carries the scale already."""
         scale = _common_scale(component)
         pool = [_divide(t.named, scale) if t.absolute else t.named for t in component]

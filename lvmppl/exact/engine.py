@@ -55,14 +55,25 @@ def _solve(
         steps = path_steps(layout)
         if steps is not None:
             try:
-                path = state_space_posterior(_flat_path(log_joint, layout.dim), rows, steps, layout.dim // steps, dtype=dtype)
-                return Path(path), f"Gaussian path over {steps} steps: log p(x, z) is quadratic in {names}{given}, each step tied to its neighbours"
+                path = state_space_posterior(
+                    _flat_path(log_joint, layout.dim), rows, steps, layout.dim // steps, dtype=dtype
+                )
+                return (
+                    Path(path),
+                    (
+                        f"Gaussian path over {steps} steps: log p(x, z) is quadratic in {names}{given}, "
+                        "each step tied to its neighbours"
+                    ),
+                )
             except NotQuadratic:
                 pass
         if layout.dim <= MAX_DENSE:
             try:
                 found = gaussian_posterior(log_joint, rows, layout.dim, dtype=dtype)
-                return found, f"Gaussian: log p(x, z) is quadratic in {names}{given} (checked at random points)"
+                return (
+                    found,
+                    f"Gaussian: log p(x, z) is quadratic in {names}{given} (checked at random points)",
+                )
             except NotQuadratic as error:
                 why = f"log p(x, z) is not quadratic in {names} ({error.got})"
         else:
@@ -118,7 +129,12 @@ def path_steps(layout: Layout) -> int | None:
     blocks = layout.blocks
     if len(blocks) >= SHORT_PATH and len({b.size for b in blocks}) == 1:
         return len(blocks)
-    if len(blocks) == 1 and blocks[0].event_shape and not blocks[0].inner and blocks[0].event_shape[0] >= SHORT_PATH:
+    if (
+        len(blocks) == 1
+        and blocks[0].event_shape
+        and not blocks[0].inner
+        and blocks[0].event_shape[0] >= SHORT_PATH
+    ):
         return blocks[0].event_shape[0]
     return None
 

@@ -74,7 +74,7 @@ def find_modes(
         rows = everything if k == 0 else (left > -torch.inf).any(0).nonzero().squeeze(-1)
         if len(rows) == 0:
             break
-        kept = sum(f[3].long() for f in found)[rows] if found else torch.zeros_like(rows)
+        kept = torch.stack([f[3] for f in found]).sum(0)[rows] if found else torch.zeros_like(rows)
         value, which = left[:, rows].max(0)
         centre = points[which, rows]
         part = restrict(rows)
@@ -191,7 +191,8 @@ def _bfgs(inverse: Tensor, step: Tensor, change: Tensor, bend: Tensor) -> Tensor
 
 def _distance(scale: Tensor, difference: Tensor) -> Tensor:
     """|A⁻¹(z − c)|: ``[..., N]``."""
-    return torch.linalg.solve(scale, difference.unsqueeze(-1)).squeeze(-1).norm(dim=-1)
+    white: Tensor = torch.linalg.solve(scale, difference.unsqueeze(-1))
+    return white.squeeze(-1).norm(dim=-1)
 
 
 def _distinct(

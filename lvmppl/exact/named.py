@@ -63,7 +63,7 @@ class _LogSumExp(torch.autograd.Function):
 
 def log_sum_exp(values: Tensor, axis: int = 0) -> Tensor:
     """log Σ exp(values) along `axis`, exact at −∞."""
-    result: Tensor = _LogSumExp.apply(values, axis)
+    result: Tensor = _LogSumExp.apply(values, axis)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -72,7 +72,9 @@ def sizes_of(terms: Iterable[Named]) -> dict[str, int]:
     return {d: s for t in terms for d, s in zip(t.dims, t.tensor.shape, strict=True)}
 
 
-def pick(named: Named, values: Mapping[str, Tensor], plates: Sequence[str], plate_sizes: Mapping[str, int]) -> Tensor:
+def pick(
+    named: Named, values: Mapping[str, Tensor], plates: Sequence[str], plate_sizes: Mapping[str, int]
+) -> Tensor:
     """`named` at given states of its variables: an array with a leading sample axis, then `plates` in order.
 
     values: state indices [S, *plates of that variable in the order of `plates`, size 1 where it has none].
