@@ -28,6 +28,10 @@ MODELS: dict[str, tuple[str, str]] = {
         "lvmppl.models.mixture:gaussian_mixture",
         "a mixture of Gaussians; covariance full, tied, diag or spherical",
     ),
+    "hidden_markov": (
+        "lvmppl.models.hmm:hidden_markov",
+        "a hidden Markov model; emission categorical, gaussian, poisson or bernoulli",
+    ),
 }
 
 GUIDES: dict[str, tuple[str, str]] = {

@@ -132,7 +132,7 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
         )
         lines.append(("exact engine", True, _engine(problems[order[0]])))
         for name in order:
-            lines.append((f"fit {name}", True, _try_fit(problems[name], plan.options[name])))
+            lines.append((f"fit {name}", *_try_fit(problems[name], plan.options[name])))
     return lines
 
 
@@ -145,11 +145,22 @@ def _engine(problem: Problem) -> str:
     )
 
 
-def _try_fit(problem: Problem, options: Options) -> str:
-    """One step of a fit, thrown away."""
-    fit = INFER[options.algorithm](problem, options.model_copy(update=_cut(options, 1)))
+def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
+    """One step of a fit, thrown away: (whether it went well, what came of it)."""
+    try:
+        fit = INFER[options.algorithm](problem, options.model_copy(update=_cut(options, 1)))
+    except InputError:
+        raise
+    except Exception as error:  # what a run would put into the summary as a failed fit
+        return False, _one_line(error)
     what = f"guide {fit.guide}, ELBO" if problem.guided else "log evidence"
-    return f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
+    text = f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
+    steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in fit.m_step)
+    return fit.status != "diverged", f"{text}; M-step {steps}" if steps else text
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def _cut(options: Options, steps: int) -> dict[str, Any]:
@@ -313,7 +324,7 @@ def _run_fits(
         except KeyboardInterrupt:
             return finished, failures, name
         except Exception as error:  # a failed fit must not take the others' results with it
-            failures[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+            failures[name] = _one_line(error)
             progress.finish("failed")
     return finished, failures, None
 
