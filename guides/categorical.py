@@ -67,32 +67,35 @@ def categorical(model: Model) -> Callable[..., None]:
     """
     sites: dict[str, Any] = {}
 
+    first_rows: dict[str, int] = {}
+
     def guide(**data: Tensor) -> None:
         if not sites:
             sites.update(_discrete_sites(model, data))
         rows = len(next(iter(data.values())))
+        total = first_rows.setdefault("rows", rows)
+        plates: dict[str, Any] = {}
         for name, site in sites.items():
             with ExitStack() as stack:
-                shape = _enter_plates(stack, site, rows)
+                shape = [1] * max((-f.dim for f in _frames(site)), default=0)
+                for frame in _frames(site):
+                    plate = _plate(plates, frame, site, rows, total)
+                    stack.enter_context(plate)
+                    shape[frame.dim] = plate.size
                 states = _num_states(site)
                 start = torch.full((*shape, states), 1.0 / states)
                 probs = pyro.param(f"{name}_probs", start, constraint=constraints.simplex, event_dim=1)
                 _sample(name, site, probs.clamp_min(torch.finfo(probs.dtype).tiny).log())
 
-    first_rows: dict[str, int] = {}
-
-    def _enter_plates(stack: ExitStack, site: Any, rows: int) -> list[int]:
-        """Enter the site's plates; the plate that had the size of the rows takes the size of those handed in now."""
-        total = first_rows.setdefault("rows", rows)
-        frames = _frames(site)
-        shape = [1] * max((-f.dim for f in frames), default=0)
-        for frame in frames:
-            size = rows if _is_data(frame, frames, total) else frame.size
-            stack.enter_context(pyro.plate(frame.name, size, dim=frame.dim))
-            shape[frame.dim] = size
-        return shape
-
     return guide
+
+
+def _plate(plates: dict[str, Any], frame: Any, site: Any, rows: int, total: int) -> Any:
+    """One plate a name; the plate that had the size of all rows takes the size of those handed in now."""
+    if frame.name not in plates:
+        size = rows if _is_data(frame, _frames(site), total) else frame.size
+        plates[frame.name] = pyro.plate(frame.name, size, dim=frame.dim)
+    return plates[frame.name]
 
 
 def _is_data(frame: Any, frames: Sequence[Any], total: int) -> bool:
@@ -141,9 +144,10 @@ class categorical_encoder(nn.Module):
         if not self._sites:
             self.prepare(**data)
         inputs = (_features(data) - self.get_buffer("centre")) / self.get_buffer("spread")
+        plates: dict[str, Any] = {}
         for name, site in self._sites.items():
             frame = _frames(site)[0]
-            with pyro.plate(frame.name, len(inputs), dim=frame.dim):
+            with _plate(plates, frame, site, len(inputs), len(inputs)):
                 logits = self.networks[name](inputs)  # [N, K]
                 shape = [len(inputs), *[1] * (-frame.dim - 1), logits.shape[-1]]
                 _sample(name, site, logits.reshape(shape))

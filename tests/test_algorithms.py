@@ -157,6 +157,28 @@ def test_kl_equals_brute_force_when_guide_leaves_a_site_out(iris: Tensor) -> Non
     np.testing.assert_allclose(fit.elbo_per_datum, np.log(joint.sum((1, 2))) - expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("guide", [categorical, categorical_encoder])
+def test_guide_over_two_sites_of_one_plate_meets_the_identity(iris: Tensor, guide: Any) -> None:
+    x = iris[:30, :1]
+
+    def two_causes(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([[4.6, 5.5], [6.0, 5.0], [5.2, 5.8]]))
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            b = pyro.sample("b", dist.Bernoulli(0.4), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[a, b.long()], 0.4), obs=x[:, 0])
+
+    fit = lvmppl.fit(two_causes, {"x": x}, algorithm="svi", guide=guide, max_steps=30, learning_rate=0.05)
+    assert fit.variational is not None and fit.posterior is not None and fit.elbo_per_datum is not None
+    q = fit.variational.probabilities("a")[:, :, None] * fit.variational.probabilities("b")[:, None, :]
+    p = fit.posterior.pair_marginal("a", "b")
+    kl = (q * (q / p).log()).sum((1, 2))
+    torch.testing.assert_close(
+        fit.elbo_per_datum + kl, fit.posterior.log_evidence_per_datum, rtol=0, atol=1e-8
+    )
+    assert float(kl.max()) > 1e-3
+
+
 def test_conjugate_normal_svi_recovers_the_posterior() -> None:
     x = torch.tensor([1.3, 0.2, 2.1, 0.7, 1.9], dtype=torch.float64)
 
