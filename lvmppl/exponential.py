@@ -210,10 +210,10 @@ class Reading:
         names = _CORE.get(self.kind, ())[:core]
         return _named(tensor, self.axes, names)
 
-    def statistics(self) -> tuple[Named, ...]:
+    def statistics(self, dtype: torch.dtype | None = None) -> tuple[Named, ...]:
         """a and b, or x: the value as the kind sees it, named."""
         parts = self.family.statistics(self.value, self.known)
-        return tuple(self.named(p.to(self.dtype), self.core_rank) for p in parts)
+        return tuple(self.named(p.to(dtype or self.dtype), self.core_rank) for p in parts)
 
     def base(self) -> Named | None:
         """log h(x) before event axes are summed, where it is not zero."""
@@ -284,7 +284,7 @@ def read(view: SiteView, kind: str | None = None) -> Reading | None:
         kind=kind,
         fields=named,
         value=value,
-        known=family.known(fn),
+        known={k: _narrowed(v) for k, v in family.known(fn).items()},
         masks=tuple(masks),
         axes=axes,
         event_rank=event_rank,

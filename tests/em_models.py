@@ -33,7 +33,9 @@ CASES: dict[str, Case] = {}
 
 def case(data: Callable[[], dict[str, Tensor]], closed: str, gradient: str = "", steps: int = 12) -> Any:
     def add(model: Callable[..., Any]) -> Callable[..., Any]:
-        CASES[model.__name__] = Case(model, data, frozenset(closed.split()), frozenset(gradient.split()), steps)
+        CASES[model.__name__] = Case(
+            model, data, frozenset(closed.split()), frozenset(gradient.split()), steps
+        )
         return model
 
     return add
@@ -85,7 +87,10 @@ def weights(size: int, name: str = "weights") -> Tensor:
 
 @case(line, "first second loc scale")
 def two_causes(x: Tensor) -> None:
-    first, second = weights(3, "first"), pyro.param("second", lambda: simplex(3, 2), constraint=constraints.simplex)
+    first, second = (
+        weights(3, "first"),
+        pyro.param("second", lambda: simplex(3, 2), constraint=constraints.simplex),
+    )
     loc = pyro.param("loc", lambda: normal(3, 2, seed=7))
     scale = pyro.param("scale", torch.tensor(1.5, dtype=torch.float64), constraint=constraints.positive)
     with pyro.plate("data", len(x)):
@@ -112,7 +117,9 @@ def mixed_data() -> dict[str, Tensor]:
 
 @case(mixed_data, "weights rate loc variance")
 def poisson_and_normal(x: Tensor, y: Tensor) -> None:
-    rate = pyro.param("rate", torch.tensor([3.0, 5.0, 8.0], dtype=torch.float64), constraint=constraints.positive)
+    rate = pyro.param(
+        "rate", torch.tensor([3.0, 5.0, 8.0], dtype=torch.float64), constraint=constraints.positive
+    )
     loc = pyro.param("loc", lambda: normal(3, 3, seed=12))
     variance = pyro.param("variance", lambda: normal(3, seed=13).exp(), constraint=constraints.positive)
     mixing = weights(3)
@@ -157,7 +164,9 @@ def global_site(x: Tensor) -> None:
     regime = weights(2, "regime")
     mixing = pyro.param("mixing", lambda: simplex(2, 3), constraint=constraints.simplex)
     loc = pyro.param("loc", lambda: normal(3, seed=15))
-    variance = pyro.param("variance", torch.tensor([1.0, 2.0], dtype=torch.float64), constraint=constraints.positive)
+    variance = pyro.param(
+        "variance", torch.tensor([1.0, 2.0], dtype=torch.float64), constraint=constraints.positive
+    )
     g = pyro.sample("g", dist.Categorical(regime), infer=ENUMERATE)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(mixing[g]), infer=ENUMERATE)
@@ -167,7 +176,10 @@ def global_site(x: Tensor) -> None:
 
 @case(blobs, "logits loc log_variance")
 def spelled_in_logarithms(x: Tensor) -> None:
-    logits, loc = pyro.param("logits", lambda: normal(3, seed=16)), pyro.param("loc", lambda: normal(3, 3, seed=17))
+    logits, loc = (
+        pyro.param("logits", lambda: normal(3, seed=16)),
+        pyro.param("loc", lambda: normal(3, 3, seed=17)),
+    )
     log_variance = pyro.param("log_variance", lambda: normal(3, seed=18))
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(logits=logits), infer=ENUMERATE)
@@ -177,9 +189,13 @@ def spelled_in_logarithms(x: Tensor) -> None:
 
 @case(blobs, "shares loc root")
 def unnormalised_and_cholesky(x: Tensor) -> None:
-    shares = pyro.param("shares", torch.tensor([2.0, 5.0], dtype=torch.float64), constraint=constraints.positive)
+    shares = pyro.param(
+        "shares", torch.tensor([2.0, 5.0], dtype=torch.float64), constraint=constraints.positive
+    )
     loc = pyro.param("loc", lambda: normal(2, 3, seed=19))
-    root = pyro.param("root", lambda: torch.eye(3).double().repeat(2, 1, 1), constraint=constraints.lower_cholesky)
+    root = pyro.param(
+        "root", lambda: torch.eye(3).double().repeat(2, 1, 1), constraint=constraints.lower_cholesky
+    )
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(shares / shares.sum()), infer=ENUMERATE)
         pyro.sample("x", dist.MultivariateNormal(loc[z], scale_tril=root[z]), obs=x)
@@ -188,7 +204,9 @@ def unnormalised_and_cholesky(x: Tensor) -> None:
 @case(blobs, "weights loc precision")
 def tied_precision_matrix(x: Tensor) -> None:
     loc = pyro.param("loc", lambda: normal(2, 3, seed=19))
-    precision = pyro.param("precision", lambda: torch.eye(3).double(), constraint=constraints.positive_definite)
+    precision = pyro.param(
+        "precision", lambda: torch.eye(3).double(), constraint=constraints.positive_definite
+    )
     mixing = weights(2)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
@@ -198,7 +216,9 @@ def tied_precision_matrix(x: Tensor) -> None:
 @case(blobs, "weights loc deviations")
 def diagonal_multivariate(x: Tensor) -> None:
     loc = pyro.param("loc", lambda: normal(2, 3, seed=19))
-    deviations = pyro.param("deviations", lambda: normal(2, 3, seed=20).exp(), constraint=constraints.positive)
+    deviations = pyro.param(
+        "deviations", lambda: normal(2, 3, seed=20).exp(), constraint=constraints.positive
+    )
     mixing = weights(2)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
@@ -319,7 +339,10 @@ def left_to_right(x: Tensor) -> None:
 
 @case(line, "weights scale", "hidden head")
 def neural_emission(x: Tensor) -> None:
-    hidden, head = pyro.param("hidden", lambda: normal(3, 4, seed=27)), pyro.param("head", lambda: normal(4, seed=28))
+    hidden, head = (
+        pyro.param("hidden", lambda: normal(3, 4, seed=27)),
+        pyro.param("head", lambda: normal(4, seed=28)),
+    )
     scale = pyro.param("scale", torch.tensor(1.0, dtype=torch.float64), constraint=constraints.positive)
     mixing = weights(3)
     with pyro.plate("data", len(x)):

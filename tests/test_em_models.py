@@ -65,7 +65,9 @@ FIXED = {n: c for n, c in CASES.items() if n not in ("partly_masked", "also_in_a
 def test_gradient_of_log_evidence_vanishes_at_a_fixed_point_of_em(case: Case) -> None:
     with isolated(0, torch.float64), unvalidated():
         problem = problem_of(case)
-        best = lvmppl.fit(case.model, case.data(), algorithm="em", max_steps=60 if case.gradient else 150, tolerance=1e-13)
+        best = lvmppl.fit(
+            case.model, case.data(), algorithm="em", max_steps=60 if case.gradient else 150, tolerance=1e-13
+        )
         coordinates = Coordinates(problem.model.specs, problem.theta)
 
         def gradient(values: Any) -> torch.Tensor:

@@ -7,6 +7,7 @@ beyond rounding ends the fit as `diverged`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,6 +21,7 @@ from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, require_enumerated
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.statistics import Statistics
+from lvmppl.algorithms.tabulated import Imprecise, tabulate
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
@@ -45,15 +47,22 @@ class _Run:
 
     def __init__(self, problem: Problem, options: EMOptions, plan: Plan) -> None:
         self.problem, self.options, self.plan = problem, options, plan
+        self.tables = tabulate(problem, plan)
+
+    def _e_step(self, values: Mapping[str, Tensor]) -> tuple[float, Weights, Mapping[str, Statistics]]:
+        """From tables where the whole model is in them, else by running the model."""
+        if self.tables is not None:
+            with contextlib.suppress(Imprecise):
+                total, statistics = self.tables.e_step({n: v.unsqueeze(0) for n, v in values.items()})
+                return float(total), [], statistics
+        return e_step(self.problem, values, self.plan.sites, keep_weights=bool(self.plan.by_gradient))
 
     def restart(self, number: int) -> Trajectory:
         trajectory = Trajectory(number, "log_evidence")
         values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
         stopping = Stopping(self.options.tolerance)
         for step in range(self.options.max_steps + 1):
-            objective, weights, statistics = e_step(
-                self.problem, values, self.plan.sites, keep_weights=bool(self.plan.by_gradient)
-            )
+            objective, weights, statistics = self._e_step(values)
             trajectory.record(step, objective)
             self.problem.progress.update(step, objective)
             if self._has_fallen(trajectory, values, objective):
@@ -70,7 +79,7 @@ class _Run:
                 return trajectory
             if step < self.options.max_steps:
                 if self.plan.by_gradient and not weights:  # the plan has just changed
-                    objective, weights, statistics = e_step(self.problem, values, self.plan.sites)
+                    objective, weights, statistics = self._e_step(values)
                 values = self._m_step(trajectory, values, weights, statistics)
         return trajectory
 
@@ -112,5 +121,6 @@ class _Run:
         """Verify the plan where the fit ends; a parameter that fails goes to the gradient and the fit goes on."""
         checked = verified(self.problem, self.plan, values)
         same = checked.steps == self.plan.steps
-        self.plan = checked
+        if not same:
+            self.plan, self.tables = checked, None
         return same

@@ -57,7 +57,7 @@ class Plan:
         steps = tuple(MStep(s.parameter, "gradient", why) if s.parameter in moved else s for s in self.steps)
         keep = {s.parameter for s in steps if s.how == "closed-form"}
         sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))
-        return Plan(sites, steps, self.complete)
+        return Plan(sites, steps)
 
 
 def plan_m_step(problem: Problem) -> Plan:
@@ -109,7 +109,7 @@ class _Rules:
         return Plan(
             sites,
             tuple(self._describe(n) for n in self.problem.theta),
-            looked_up and not self.proposal.opaque,
+            looked_up and not self.why,
         )
 
     def _collect(self) -> None:
@@ -194,7 +194,9 @@ class _Rules:
         sizes = {d for f in lookups.values() for d in f.dims}
         keep = tuple(d for d in keep_dims(use.reading) if d in sizes)
         located = use.reading.kind in ("normal", "mvn")
-        reference, variance = reference_of(use.reading) if located else (None, None)
+        dtype = working_dtype(self.problem)
+        moments = reference_of(use.reading) if located else (None, None)
+        reference, variance = (m and Named(m.tensor.to(dtype), m.dims) for m in moments)
         names = lookups["loc"].names if "loc" in lookups else ()
         weighted = any(n in self.weighted for n in names)
         return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted)
@@ -212,6 +214,14 @@ class _Rules:
             return MStep(name, how, "frozen" if name in self.problem.frozen else "no site depends on it")
         where = ", ".join(dict.fromkeys(f"{w.field} of '{w.site}'" for w in self.ways[name]))
         return MStep(name, how, f"{self.ways[name][0].spelling}: {where}")
+
+
+def working_dtype(problem: Problem) -> torch.dtype:
+    """The widest dtype of the parameters."""
+    result = torch.float32
+    for value in problem.initial.values():
+        result = torch.promote_types(result, value.dtype)
+    return result
 
 
 def _precisions_by_entry(

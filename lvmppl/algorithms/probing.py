@@ -43,14 +43,19 @@ class Lookup:
     def evaluate(self, values: Values, lead: int = 0) -> Tensor:
         """The field at θ: [*lead, *index.shape]; parameters have `lead` axes in front (restarts)."""
         if self.spelling is None:
-            return self.constant
-        parts = [self.spelling.apply(values[n]).flatten(lead) for n in self.names]
+            return self.constant.to(next(iter(values.values())).dtype)
+        spelled = [self.spelling.apply(values[n]) for n in self.names]
+        parts = [t.reshape(*t.shape[:lead], -1) for t in spelled]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         shape = (*flat.shape[:-1], *self.index.shape)
         if self.direct:
             return flat.reshape(shape)
         found = flat.index_select(-1, self.index.clamp_min(0).flatten()).reshape(shape)
-        return torch.where(self.index < 0, self.constant, found) if bool((self.index < 0).any()) else found
+        return (
+            torch.where(self.index < 0, self.constant.to(found.dtype), found)
+            if bool((self.index < 0).any())
+            else found
+        )
 
 
 @dataclass(frozen=True)

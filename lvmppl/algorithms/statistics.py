@@ -42,7 +42,7 @@ def accumulate(reading: Reading, q: Named, keep: Sequence[str], reference: Named
     value_dims = reading.named(reading.value, reading.core_rank).dims
     if reading.kind == "simplex":
         return {"counts": _counts(reading, q, keep)}
-    parts = reading.statistics()
+    parts = reading.statistics(q.tensor.dtype)
     if reading.kind in ("beta", "gamma"):
         return {key: contract(q, t, keep, value_dims, parts) for key, t in zip("ab", parts, strict=True)}
     assert reference is not None
@@ -101,7 +101,7 @@ def _sum_to(named: Named, dims: set[str]) -> Named:
 
 def _times(a: Named, b: Named) -> Named:
     dims = union((a.dims, b.dims))
-    return Named(align(a, dims) * align(b, dims), dims)
+    return Named(align(a, dims) * align(b, dims).to(a.tensor.dtype), dims)
 
 
 def _minus(a: Named, b: Named) -> Named:
@@ -132,7 +132,7 @@ def _counts(reading: Reading, q: Named, keep: Sequence[str]) -> Named:
     """Expected counts of each category [keep, V]."""
     size = reading.fields["probs"].tensor.shape[-1]
     if not reading.labels:
-        (t,) = reading.statistics()
+        (t,) = reading.statistics(q.tensor.dtype)
         return contract(q, t, (*keep, CATEGORY), t.dims, (t,))
     labels = reading.named(reading.value)
     if (

@@ -1,0 +1,526 @@
+"""EM without running the model: every factor ⟨η, t(x)⟩ from the table of exponential families, piece by piece.
+
+Where every field of every site is a lookup, the plan is the model. A piece of the data becomes a design matrix T of
+statistics with a row per statistic; a factor is then the matrix product H T with the natural parameters H, and the
+expected statistics are the matrix product q Tᵀ of the same T while it is in the cache. Restarts are one axis more of H
+and q. Nothing grows with the number of rows.
+
+Shapes: R restarts, K states, N rows of a piece, `·t` statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.closed_form import ClosedSite
+from lvmppl.algorithms.evidence import is_chunkable
+from lvmppl.algorithms.m_step import Plan, working_dtype
+from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.statistics import (
+    PACKED,
+    RESTART,
+    Statistics,
+    accumulate,
+    add_statistics,
+    contract,
+)
+from lvmppl.density import Factor, Values, Variable
+from lvmppl.exact.elimination import eliminate
+from lvmppl.exact.named import Named, add, align, union
+from lvmppl.exponential import CATEGORY, ROW, Reading, read
+from lvmppl.families import safe_log
+
+STATISTIC = "·t"
+_ENTRIES = 2**20  # of the design matrix and the factors of one piece: 8 MiB in float64
+_PRECISE = 1e6  # largest squared distance from the reference, in variances, at which squares may be expanded
+
+
+class Imprecise(Exception):
+    """Expanding squares would lose too many digits at these parameters."""
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """A model as tables: its sites with all their values, variables, plates and the constant Σ log h(x)."""
+
+    sites: tuple[ClosedSite, ...]
+    readings: Mapping[str, Reading]
+    plates: Mapping[str, frozenset[str]]
+    variables: Mapping[str, Variable]
+    sizes: Mapping[str, int]
+    data_plate: str | None
+    total: int
+    step: int
+    constant: float
+    farthest: Mapping[str, Tensor]
+    inner: Mapping[str, Mapping[str, int]]
+    """By site, the event axes of its value and their sizes."""
+    dtype: torch.dtype = torch.float64
+
+    def e_step(self, values: Values) -> tuple[Tensor, dict[str, Statistics]]:
+        """log p(x; θ) of each restart [R] and the expected statistics; values: [R, *shape].
+
+        Raises:
+            Imprecise: a variance is so small against the distances between locations that digits would be lost.
+        """
+        restarts = len(next(iter(values.values())))
+        led = restarts > 1
+        natural = {}
+        for site in self.sites:
+            if self._is_designed(site):
+                natural[site.name] = self._natural(site, values, led)
+        statistics: dict[str, Statistics] = {}
+        total: Tensor | None = None
+        for begin in range(0, self.total, self.step):
+            size = min(self.step, self.total - begin)
+            part, own = self._piece(values, natural, begin, size, restarts)
+            total = part if total is None else total + part
+            for name, s in own.items():
+                statistics[name] = add_statistics(statistics.get(name), s)
+        assert total is not None
+        return total + self.constant, statistics
+
+    def _is_designed(self, site: ClosedSite) -> bool:
+        """Whether the site has a design matrix; labels of categories are looked up instead."""
+        return not self.readings[site.name].labels
+
+    def _natural(self, site: ClosedSite, values: Values, led: bool) -> Named:
+        reading = self.readings[site.name]
+        named = _natural(site, reading, self.inner[site.name], values)
+        far = self.farthest.get(site.name)
+        if far is not None and float(far * _sharpest(site, values)) > _PRECISE:
+            raise Imprecise
+        return named if led else _unled(named)
+
+    def _piece(
+        self, values: Values, natural: Mapping[str, Named], begin: int, size: int, restarts: int
+    ) -> tuple[Tensor, dict[str, Statistics]]:
+        designs: dict[str, Named] = {}
+        readings: dict[str, Reading] = {}
+        factors: dict[str, Named] = {}
+        for site in self.sites:
+            name = site.name
+            reading = readings[name] = _slice(self.readings[name], self.data_plate, begin, size, self.total)
+            if name in natural:
+                designs[name] = _design(reading, site.reference, self.dtype)
+                factor = _product(natural[name], designs[name])
+            else:
+                factor = _looked_up(site, reading, values, restarts > 1)
+            mask = reading.mask()
+            if mask is not None:
+                dims = union((factor.dims, mask.dims))
+                seen = align(mask, dims)
+                factor = Named(torch.where(seen > 0, align(factor, dims), 0.0), dims)
+            factors[name] = factor
+        log_evidence, q = self._posterior(factors, size, restarts)
+        statistics = {}
+        for site in self.sites:
+            weight, reading = q[site.name], readings[site.name]
+            if site.name in designs:
+                statistics[site.name] = _split(
+                    site, reading, self.inner[site.name], weight, designs[site.name]
+                )
+            else:
+                statistics[site.name] = accumulate(reading, weight, site.keep, site.reference)
+        return log_evidence, statistics
+
+    def _posterior(
+        self, factors: Mapping[str, Named], size: int, restarts: int
+    ) -> tuple[Tensor, dict[str, Named]]:
+        """log Z of each restart [R], and q of each factor at its own axes."""
+        if len(self.variables) == 1:
+            (variable,) = self.variables.values()
+            plates = {self.plates[n] for n in factors}
+            if plates == {frozenset(variable.plates)} and set(variable.plates) == {self.data_plate}:
+                return _single(factors, variable.name, self.data_plate, size, restarts)
+        return self._eliminated(factors, size, restarts)
+
+    def _eliminated(
+        self, factors: Mapping[str, Named], size: int, restarts: int
+    ) -> tuple[Tensor, dict[str, Named]]:
+        extra = frozenset([RESTART])
+        leaves, own = [], []
+        for name, named in factors.items():
+            leaf = named.tensor.detach().requires_grad_()
+            leaves.append(leaf)
+            own.append(Factor(name, leaf, named.dims, self.plates[name] | extra))
+        sizes = {**self.sizes, RESTART: restarts}
+        if self.data_plate is not None:
+            sizes[self.data_plate] = size
+        variables = {n: replace(v, plates=(*v.plates, RESTART)) for n, v in self.variables.items()}
+        with torch.enable_grad():
+            done = eliminate(own, variables, sizes, RESTART)
+            assert done.per_datum is not None
+            grads = torch.autograd.grad(done.per_datum.sum(), leaves)
+        q = {f.site: Named(g, f.dims) for f, g in zip(own, grads, strict=True)}
+        return done.per_datum.detach(), q
+
+
+def _single(
+    factors: Mapping[str, Named], variable: str, plate: str | None, size: int, restarts: int
+) -> tuple[Tensor, dict[str, Named]]:
+    """One enumerated site a datum: q is a softmax, and log Z the sum of its normalisers."""
+    total = add(list(factors.values()), frozenset([RESTART]), first=variable)
+    assert plate is not None
+    lead = (RESTART,) if restarts > 1 else ()
+    dims = (*lead, variable, plate)
+    joint = align(total, dims)
+    if joint.shape[-1] != size:
+        joint = joint.expand(*joint.shape[:-1], size)
+    top = joint.amax(-2, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    weights = (joint - top).exp_()
+    norm = weights.sum(-2, keepdim=True)
+    log_evidence = (top.sum((-1, -2)) + norm.log().sum((-1, -2))).reshape(-1)
+    weights /= torch.where(norm > 0, norm, 1.0)
+    whole = Named(weights, dims)
+    q: dict[str, Named] = {}
+    for name, factor in factors.items():
+        axes = [i for i, d in enumerate(dims) if d != RESTART and d not in factor.dims]
+        kept = tuple(d for i, d in enumerate(dims) if i not in axes)
+        q[name] = Named(weights.sum(axes), kept) if axes else whole
+    return log_evidence, q
+
+
+# --------------------------------------------------------------------------------------- factors and statistics
+
+
+def _events(reading: Reading) -> tuple[str, ...]:
+    core = (CATEGORY,) if reading.kind == "simplex" else (ROW,) if reading.kind == "mvn" else ()
+    return tuple(f"·{i}" for i in range(reading.event_rank, 0, -1)) + core
+
+
+def _design(reading: Reading, reference: Named | None, dtype: torch.dtype) -> Named:
+    """T [·t, *batch]: a row of ones, x − r, (x − r)² for normals; a and b, or counts, for the others."""
+    events = _events(reading)
+    parts = reading.statistics(dtype)
+    dims = union(p.dims for p in parts)
+    batch = tuple(d for d in dims if d not in events)
+    inner = tuple(d for d in events if d in dims)
+    sizes = {d: s for p in parts for d, s in zip(p.dims, p.tensor.shape, strict=True)}
+    shape = [sizes[d] for d in inner] + [sizes[d] for d in batch]
+    width = prod(sizes[d] for d in inner)
+    rows = [sizes[d] for d in batch]
+    if reading.kind in ("normal", "mvn"):
+        assert reference is not None
+        x = align(parts[0], (*inner, *batch)).expand(shape)
+        centre = align(reference, (*inner, *batch))
+        squares = width * (width + 1) // 2 if reading.kind == "mvn" else width
+        design = x.new_empty(1 + width + squares, *rows)
+        design[0] = 1.0
+        y = design[1 : 1 + width]
+        torch.sub(x, centre, out=y.view(shape))
+        if reading.kind == "normal":
+            torch.mul(y, y, out=design[1 + width :])
+        else:
+            _outer(y, design[1 + width :])
+        return Named(design, (STATISTIC, *batch))
+    flat = [align(p, (*inner, *batch)).expand(shape).reshape(width, *rows) for p in parts]
+    return Named(torch.cat(flat) if len(flat) > 1 else flat[0], (STATISTIC, *batch))
+
+
+def _outer(y: Tensor, out: Tensor) -> None:
+    """y_i y_j for i ≤ j, in the order of `packed`."""
+    at = 0
+    for i in range(len(y)):
+        torch.mul(y[i:], y[i], out=out[at : at + len(y) - i])
+        at += len(y) - i
+
+
+def _product(natural: Named, design: Named) -> Named:
+    """Σ_t H T over the axes of both; 0 · (−∞) = 0."""
+    h, t = natural.tensor, design.tensor
+    shared = set(natural.dims) & set(design.dims) - {STATISTIC}
+    impossible = h == -torch.inf
+    if bool(impossible.any()):
+        plain = _product(Named(torch.where(impossible, 0.0, h), natural.dims), design)
+        counted = Named(t.abs(), design.dims)
+        hit = _product(Named(impossible.to(h.dtype), natural.dims), counted)
+        return Named(torch.where(hit.tensor > 0, -torch.inf, plain.tensor), plain.dims)
+    if shared:
+        keep = (*natural.dims[:-1], *(d for d in design.dims[1:] if d not in shared))
+        return contract(natural, design, tuple(d for d in keep if d != RESTART))
+    result = h.reshape(-1, h.shape[-1]) @ t.reshape(len(t), -1)
+    return Named(result.reshape(*h.shape[:-1], *t.shape[1:]), (*natural.dims[:-1], *design.dims[1:]))
+
+
+def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values) -> Named:
+    """H [R, *batch of the fields, ·t], in the order of the design's rows."""
+    events = _events(reading)
+    restarts = len(next(iter(values.values())))
+    sizes = {**site.sizes, **inner_sizes}
+    inner = tuple(d for d in events if d in sizes)
+    batch = tuple(d for d in site.keep if d not in events)
+    dims = (RESTART, *batch, *inner)
+    shape = [restarts, *(sizes[d] for d in batch), *(sizes[d] for d in inner)]
+
+    def at(named: Named) -> Tensor:
+        return align(named, dims).expand(shape)
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.reshape(*shape[: 1 + len(batch)], -1)
+
+    if reading.kind == "normal":
+        assert site.reference is not None
+        m = at(site.field("loc", values)) - at(site.reference)
+        precision = at(site.field("precision", values))
+        constant = (precision.log() - precision * m.square() - math.log(2 * math.pi)) / 2
+        rows = [flat(constant).sum(-1, keepdim=True), flat(precision * m), flat(-precision / 2)]
+    elif reading.kind == "mvn":
+        rows = _mvn_rows(site, at, dims, shape, values)
+    elif reading.kind == "beta":
+        p = at(site.field("probs", values))
+        rows = [flat(safe_log(p)), flat(safe_log(1 - p))]
+    elif reading.kind == "gamma":
+        rate = at(site.field("rate", values))
+        rows = [flat(safe_log(rate)), flat(-rate)]
+    else:
+        rows = [flat(safe_log(at(site.field("probs", values))))]
+    return Named(torch.cat(rows, -1), (RESTART, *batch, STATISTIC))
+
+
+def _mvn_rows(site: ClosedSite, at, dims, shape, values: Values) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    assert site.reference is not None
+    m = at(site.field("loc", values)) - at(site.reference)
+    size = m.shape[-1]
+    covariance = align(site.field("covariance", values), (*dims, "·j"))
+    root = torch.linalg.cholesky(covariance)
+    precision = torch.cholesky_inverse(root)
+    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    linear = (precision @ m.unsqueeze(-1)).squeeze(-1)
+    constant = -((linear * m).sum(-1) + log_det + size * math.log(2 * math.pi)) / 2
+    i, j = torch.triu_indices(size, size)
+    entries = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(m.dtype)
+    entries = entries.expand(*m.shape[:-1], entries.shape[-1])
+    return [constant.unsqueeze(-1), linear, entries]
+
+
+def _looked_up(site: ClosedSite, reading: Reading, values: Values, led: bool) -> Named:
+    """log p of category labels: a renamed table where the labels are all states, else the picked entries."""
+    named = site.field("probs", values)
+    table = Named(safe_log(named.tensor), named.dims)
+    if not led:
+        table = _unled(table)
+    labels = reading.named(reading.value)
+    size = table.tensor.shape[-1]
+    events = _events(reading)
+    if len(labels.dims) == 1 and labels.dims[0] not in table.dims and _is_all(labels.tensor, size):
+        return Named(table.tensor, (*table.dims[:-1], labels.dims[0]))
+    shared = tuple(d for d in table.dims if d in labels.dims)
+    rest = tuple(d for d in table.dims[:-1] if d not in shared)
+    lone = tuple(d for d in labels.dims if d not in shared)
+    grid = align(table, (*rest, *shared, CATEGORY))
+    index = align(Named(labels.tensor.long(), labels.dims), (*shared, *lone))
+    where = []
+    for axis in range(len(shared)):
+        view = [1] * index.dim()
+        view[axis] = index.shape[axis]
+        where.append(torch.arange(index.shape[axis]).reshape(view))
+    if shared:
+        picked = grid[(..., *where, index)]
+    else:
+        picked = grid.index_select(-1, index.flatten()).reshape(*grid.shape[:-1], *index.shape)
+    dims = (*rest, *shared, *lone)
+    axes = [i for i, d in enumerate(dims) if d in events]
+    return Named(picked.sum(axes) if axes else picked, tuple(d for d in dims if d not in events))
+
+
+def _is_all(labels: Tensor, size: int) -> bool:
+    return len(labels) == size and bool(torch.equal(labels.long(), torch.arange(size)))
+
+
+def _split(
+    site: ClosedSite, reading: Reading, sizes: Mapping[str, int], q: Named, design: Named
+) -> Statistics:
+    """q Tᵀ, cut into the statistics of the kind."""
+    mask = reading.mask()
+    if mask is not None:
+        dims = union((q.dims, mask.dims))
+        q = Named(align(q, dims) * align(mask, dims), dims)
+    batch = tuple(d for d in site.keep if d not in _events(reading))
+    lone = tuple(d for d in design.dims[1:] if d not in batch)
+    rest = tuple(d for d in q.dims if d not in lone)
+    if set(design.dims[1:]) == set(lone) <= set(q.dims) and all(d == RESTART or d in batch for d in rest):
+        t = align(design, (STATISTIC, *lone)).reshape(len(design.tensor), -1)
+        left = align(q, (*rest, *lone))
+        product = left.reshape(-1, t.shape[1]) @ t.T
+        sums = Named(product.reshape(*left.shape[: len(rest)], len(t)), (*rest, STATISTIC))
+    else:
+        sums = contract(q, design, (*batch, STATISTIC))
+    return _cut(site, reading, sizes, sums)
+
+
+def _cut(site: ClosedSite, reading: Reading, sizes: Mapping[str, int], sums: Named) -> Statistics:
+    inner = tuple(d for d in _events(reading) if d in sizes)
+    width, lead = prod(sizes[d] for d in inner), sums.dims[:-1]
+    s = sums.tensor
+    gone = [d for d in inner if d not in site.keep and d not in (ROW, CATEGORY)]
+
+    def shaped(tensor: Tensor) -> Named:
+        shape = [*tensor.shape[:-1], *(sizes[d] for d in inner)]
+        named = Named(tensor.reshape(shape), (*lead, *inner))
+        if gone:
+            axes = [named.dims.index(d) for d in gone]
+            named = Named(named.tensor.sum(axes), tuple(d for d in named.dims if d not in gone))
+        return named
+
+    if reading.kind in ("beta", "gamma"):
+        return {"a": shaped(s[..., :width]), "b": shaped(s[..., width:])}
+    if reading.kind == "simplex":
+        return {"counts": shaped(s)}
+    n = Named(s[..., 0] * prod(sizes[d] for d in gone), lead)
+    first = shaped(s[..., 1 : 1 + width])
+    second = (
+        Named(s[..., 1 + width :], (*lead, PACKED)) if reading.kind == "mvn" else shaped(s[..., 1 + width :])
+    )
+    return {"n": n, "first": first, "second": second}
+
+
+def _sharpest(site: ClosedSite, values: Values) -> Tensor:
+    """The largest precision in any direction."""
+    if site.kind == "normal":
+        return site.field("precision", values).tensor.max()
+    smallest = torch.linalg.eigvalsh(site.field("covariance", values).tensor).min()
+    return 1 / smallest.clamp_min(torch.finfo(smallest.dtype).tiny)
+
+
+def _unled(named: Named) -> Named:
+    if RESTART not in named.dims:
+        return named
+    return Named(named.tensor.squeeze(0), named.dims[1:])
+
+
+def _slice(reading: Reading, plate: str | None, begin: int, size: int, total: int) -> Reading:
+    """The reading of some rows."""
+    axis = next((a for a, name in reading.axes.items() if name == plate), None)
+    if axis is None or size == total:
+        return reading
+
+    def cut(tensor: Tensor, core: int = 0) -> Tensor:
+        at = tensor.dim() + axis - core
+        return tensor.narrow(at, begin, size) if at >= 0 and tensor.shape[at] == total > 1 else tensor
+
+    return replace(
+        reading,
+        value=cut(reading.value, reading.core_rank),
+        known={k: cut(v) for k, v in reading.known.items()},
+        masks=tuple(cut(m) for m in reading.masks),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- preparation
+
+
+def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
+    """The model as tables, or None where something in it is not in them."""
+    if not plan.complete or plan.by_gradient or not plan.closed:
+        return None
+    with torch.no_grad():
+        views, evaluation = problem.model.view(problem.data, problem.initial)
+    kinds = {s.name: s.kind for s in plan.sites}
+    if set(kinds) != set(views) or any(problem.data_plate in s.keep for s in plan.sites):
+        return None
+    readings: dict[str, Reading] = {}
+    for name, view in views.items():
+        reading = read(view, kinds[name])
+        site = next(s for s in plan.sites if s.name == name)
+        if reading is None or reading.kind != kinds[name] or set(site.lookups) != set(reading.fields):
+            return None
+        if isinstance(view.scale, Tensor) or view.scale != 1.0:
+            return None
+        if not _is_of_the_data(reading):
+            return None
+        readings[name] = reading
+    total = problem.num_rows
+    step = (
+        _rows_of_a_piece(plan.sites, readings, evaluation.variables, total)
+        if is_chunkable(problem)
+        else total
+    )
+    plates = {n: v.plates for n, v in views.items()}
+    constant = 0.0
+    for name, view in views.items():
+        if readings[name].family.base is not None:
+            if not view.observed:
+                return None
+            constant += _base_total(readings[name], problem.data_plate, total, step)
+    farthest = _farthest(plan.sites, readings, problem.data_plate, total, step)
+    return Tabulated(
+        plan.sites, readings, plates, evaluation.variables, evaluation.plate_sizes, problem.data_plate,
+        total, step, constant, farthest, {n: _inner(r, problem.data_plate, total) for n, r in readings.items()},
+        working_dtype(problem),
+    )  # fmt: skip
+
+
+def _is_of_the_data(reading: Reading) -> bool:
+    """Whether statistics and log h have axes of the value only (a known number may differ by state)."""
+    if reading.labels:
+        return True
+    value = set(reading.named(reading.value, reading.core_rank).dims)
+    known = {d for t in reading.known.values() for d in reading.named(t).dims}
+    return known <= value
+
+
+def _inner(reading: Reading, plate: str | None, total: int) -> dict[str, int]:
+    """The event axes of a value and their sizes, from one row of it."""
+    parts = [] if reading.labels else _slice(reading, plate, 0, 1, total).statistics()
+    events = _events(reading)
+    return {d: s for p in parts for d, s in zip(p.dims, p.tensor.shape, strict=True) if d in events}
+
+
+def _rows_of_a_piece(
+    sites: Sequence[ClosedSite],
+    readings: Mapping[str, Reading],
+    variables: Mapping[str, Variable],
+    total: int,
+) -> int:
+    wide = 0
+    for site in sites:
+        reading = readings[site.name]
+        states = prod(variables[d].size for d in site.keep if d in variables)
+        value = reading.value.numel() // total if reading.value.numel() >= total else 1
+        squares = value * (value + 1) // 2 if site.kind == "mvn" else value
+        wide += states + (1 if reading.labels else 1 + value + squares)
+    return max(256, min(total, _ENTRIES // max(1, wide), 1 << 14))
+
+
+def _base_total(reading: Reading, plate: str | None, total: int, step: int) -> float:
+    result = 0.0
+    for begin in range(0, total, step):
+        part = _slice(reading, plate, begin, min(step, total - begin), total)
+        base, mask = part.base(), part.mask()
+        assert base is not None
+        value = part.named(part.value).dims if not part.core_rank else base.dims
+        dims = union((base.dims, value))
+        tensor = align(base, dims)
+        if not part.core_rank:
+            tensor = tensor.expand(part.named(part.value).tensor.shape) if dims == value else tensor
+        if mask is not None:
+            tensor = tensor * align(mask, union((dims, mask.dims)))
+        result += float(tensor.sum())
+    return result
+
+
+def _farthest(
+    sites: Sequence[ClosedSite], readings: Mapping[str, Reading], plate: str | None, total: int, step: int
+) -> dict[str, Tensor]:
+    """The largest squared distance of the data from the reference, by site with a location."""
+    result: dict[str, Tensor] = {}
+    for site in sites:
+        if site.kind not in ("normal", "mvn"):
+            continue
+        top = torch.zeros(())
+        for begin in range(0, total, step):
+            part = _slice(readings[site.name], plate, begin, min(step, total - begin), total)
+            (x,) = part.statistics()
+            assert site.reference is not None
+            far = (x.tensor - align(site.reference, x.dims)).square()
+            top = torch.maximum(top, far.sum(-1).max() if site.kind == "mvn" else far.max())
+        result[site.name] = top
+    return result
