@@ -21,6 +21,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics, keep_dims, reference_of
 from lvmppl.density import Values, unvalidated
 from lvmppl.exact.named import Named, align, union
+from lvmppl.exponential import read
 from lvmppl.fitted import MStep
 
 _GROUP = {"precision": "gamma", "rate": "gamma", "covariance": "covariance", "loc": "loc"}
@@ -90,6 +91,9 @@ class _Rules:
 
     def __init__(self, problem: Problem, proposal: Proposal) -> None:
         self.problem, self.proposal = problem, proposal
+        data, rows = probe_rows(problem)
+        with torch.no_grad():
+            self.views, _ = problem.model.view(data, problem.initial, rows)
         self.why: dict[str, str] = {}
         self.ways: dict[str, list[Way]] = {n: [] for n in problem.theta}
         self.weighted: set[str] = set()
@@ -191,6 +195,7 @@ class _Rules:
 
     def _site(self, name: str, use: Use) -> ClosedSite:
         lookups = {k: f for k, f in use.lookups.items() if f is not None and not self._is_by_row(f)}
+        lookups = {k: self._with_own_constants(name, use, k, f) for k, f in lookups.items()}
         sizes = {d for f in lookups.values() for d in f.dims}
         keep = tuple(d for d in keep_dims(use.reading) if d in sizes)
         located = use.reading.kind in ("normal", "mvn")
@@ -200,6 +205,13 @@ class _Rules:
         names = lookups["loc"].names if "loc" in lookups else ()
         weighted = any(n in self.weighted for n in names)
         return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted)
+
+    def _with_own_constants(self, site: str, use: Use, field: str, lookup: Lookup) -> Lookup:
+        """Constants as the model makes them in its own dtype; the probe ran in float64."""
+        reading = read(self.views[site], use.reading.kind)
+        if reading is None or reading.fields[field].tensor.shape != lookup.index.shape:
+            return lookup
+        return replace(lookup, constant=reading.fields[field].tensor.to(working_dtype(self.problem)))
 
     def _how(self, name: str) -> str:
         if name in self.problem.frozen or (not self.ways[name] and name not in self.why):

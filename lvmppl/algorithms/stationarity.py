@@ -109,7 +109,8 @@ def _moved(value: Tensor, constraint: Constraint, noise: Tensor) -> Tensor:
     if low > -torch.inf and high < torch.inf:
         return 0.9 * value + 0.1 * (low + (high - low) * torch.sigmoid(noise))
     if low > -torch.inf:
-        return low + (value - low + 1e-3 * (value - low).abs().mean()) * torch.exp(0.1 * noise)
+        above = value - low
+        return low + torch.where(above > 0, above, 1e-3 * above.mean()) * torch.exp(0.1 * noise)
     return value + 0.1 * (1 + value.abs()) * noise
 
 
