@@ -967,7 +967,7 @@ def build_guide(
                 f"only enumerated ones ({', '.join(structure.enumerated)})",
                 "use a guide over them, such as `categorical`",
             )
-        blind: Callable[..., Any] = factory
+        blind: Any = factory
         autoguide: Any = blind(poutine.block(model, hide=list(structure.enumerated)), **args)
         if getattr(autoguide, "create_plates", None) is None:  # not every one takes it in its constructor
             autoguide.create_plates = _data_plates(structure)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from sklearn import datasets
 
-from lvmppl.data import SOURCES, Dataset, load, minibatches
+from lvmppl.data import SOURCES, Dataset, load
 from lvmppl.data.shipped import READERS
 
 
@@ -364,23 +364,5 @@ def test_loading_leaves_global_random_state_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     read("iris", columns={"x": "measurements"}, test_fraction=0.5)
-    list(minibatches(10, 3, 0))
     after = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index]
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-
-
-# Minibatches
-
-
-@pytest.mark.parametrize(("rows", "size"), [(10, 3), (9, 3), (5, 8), (1, 1)])
-def test_minibatches_give_every_row_once(rows: int, size: int) -> None:
-    batches = list(minibatches(rows, size, epoch_seed=4))
-    assert all(len(batch) == size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= size
-    np.testing.assert_array_equal(np.sort(torch.cat(batches)), np.arange(rows))
-
-
-def test_minibatches_depend_on_the_seed_alone() -> None:
-    first, again, other = (torch.cat(list(minibatches(50, 7, seed))) for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert not torch.equal(first, torch.arange(50))

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lvmppl.data import files, load, minibatches
+from lvmppl.data import files, load
 from lvmppl.errors import InputError
 
 
@@ -376,8 +376,3 @@ def test_file_that_the_system_refuses_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.csv").touch()
     monkeypatch.setitem(files.READERS, ".csv", refuse)
     assert "a readable file a.csv, got Permission denied" in refused(tmp_path, source="a.csv")
-
-
-def test_minibatches_below_one_are_refused() -> None:
-    with pytest.raises(InputError, match="batch_size: expected at least 1, got 0"):
-        minibatches(10, 0, epoch_seed=0)

@@ -1,11 +1,11 @@
-"""Sources to tensors: columns chosen by name, rows held out by a seeded split, minibatches.
+"""Sources to tensors: columns chosen by name, rows held out by a seeded split.
 
 Shapes: N rows (or B padded sequences of T steps), D columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from lvmppl.data.table import Table
 from lvmppl.errors import InputError
 from lvmppl.options import nearest
 
-__all__ = ["SOURCES", "DataSpec", "Dataset", "load", "minibatches"]
+__all__ = ["SOURCES", "DataSpec", "Dataset", "load"]
 
 
 class DataSpec(Protocol):
@@ -116,16 +116,3 @@ def _padded(chosen: Mapping[str, Selection], sequences: Sequences) -> dict[str, 
         raise InputError("data.columns.lengths", "a name other than lengths", "lengths", fix)
     padded = {name: sequences.pad(selection) for name, selection in chosen.items()}
     return {**padded, "lengths": Selection(sequences.lengths, ())}
-
-
-def minibatches(num_rows: int, batch_size: int, epoch_seed: int) -> Iterator[Tensor]:
-    """The row numbers of an epoch's batches: every row once, in an order that the seed alone decides.
-
-    All batches have `batch_size` rows but the last, which may have fewer: each is scaled by N over its own
-    size, and weighted by that size the batches of an epoch add up to the sum over all rows.
-    Raises InputError for a batch size below 1.
-    """
-    if batch_size < 1:
-        raise InputError("batch_size", "at least 1", str(batch_size))
-    generator = torch.Generator().manual_seed(epoch_seed)
-    return iter(torch.randperm(num_rows, generator=generator).split(batch_size))
