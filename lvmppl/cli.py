@@ -236,6 +236,12 @@ class Bars:
             self._draw(time.perf_counter(), status)
             self._task = None
 
+    def done(self, fit: str, steps: int, objective: float, status: str) -> None:
+        """What the fit ends with: the restart it keeps, and the bound or evidence of all rows at its parameters."""
+        if fit in self._tasks:
+            fields = {"objective": f"{objective:.4f}", "status": status, "description": fit}
+            self._progress.update(self._tasks[fit], completed=steps, refresh=True, **fields)
+
     def _draw(self, now: float, status: str) -> None:
         step, objective = self._last
         rate = f"{step / max(now - self._began, 1e-9):.0f}/s" if step else ""

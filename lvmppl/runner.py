@@ -320,7 +320,9 @@ def _run_fits(
                     f"fits.{name}.start_from", "a fit that finished", f"'{origin}', which failed"
                 )
             problem = plan.builders[name]({n: f for n, (_, f) in finished.items()}, progress)
-            finished[name] = (problem, INFER[plan.options[name].algorithm](problem, plan.options[name]))
+            fit = INFER[plan.options[name].algorithm](problem, plan.options[name])
+            finished[name] = (problem, fit)
+            progress.done(name, fit.steps, fit.elbo if problem.guided else fit.log_evidence, fit.status)
         except KeyboardInterrupt:
             return finished, failures, name
         except Exception as error:  # a failed fit must not take the others' results with it

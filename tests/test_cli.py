@@ -590,11 +590,18 @@ def test_bars_show_fit_step_objective_rate_and_status() -> None:
         shown.finish("converged")
         shown.finish("failed")  # of a fit that never began: says nothing
         shown.start("em", 2, 500)
+        shown.update(4, -190.0)
+        shown.finish("max_steps")
+        shown.done("em", 7, -180.1855, "converged")
+        shown.done("none", 1, 0.0, "converged")  # of a fit without a bar
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "1/500" in text and "-200.5000" in text
     assert re.search(r"em .*7/500.*-180\.1855.* \d+/s.*converged", text)
     assert "failed" not in text
-    assert len(progress.tasks) == 1 and progress.tasks[0].description == "em (restart 2)"
+    assert "em (restart 2)" in text and "-190.0000" in text
+    (task,) = progress.tasks  # the restart that the fit keeps
+    assert (task.description, task.completed) == ("em", 7)
+    assert task.fields["objective"] == "-180.1855" and task.fields["status"] == "converged"
 
 
 def test_bars_are_drawn_at_most_ten_times_a_second() -> None:
@@ -608,7 +615,6 @@ def test_bars_are_drawn_at_most_ten_times_a_second() -> None:
         seconds = time.perf_counter() - began
         drawn = stream.getvalue().count("/100000")
     assert 1 <= drawn <= seconds * 10 + 3  # the first step, and the frames of beginning and ending
-    assert seconds / 100_000 < 20e-6  # it is a fraction of a microsecond; the machine may be busy
 
 
 def test_no_bars_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
