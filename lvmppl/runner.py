@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,13 @@ from torch import Tensor
 
 from lvmppl import catalogue, data, plots, report, tables
 from lvmppl.algorithms import INFER
+from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem, require_enumerated
 from lvmppl.compare import gaps, total_gap
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.density import derive_seed, isolated
-from lvmppl.errors import InputError
+from lvmppl.errors import InputError, IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
 from lvmppl.options import Options
@@ -137,12 +138,18 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
 
 
 def _engine(problem: Problem) -> str:
-    open_sites = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
-    if open_sites:
-        return f"none: {', '.join(open_sites)} not enumerated"
-    return (
-        f"enumeration of {', '.join(problem.model.structure.enumerated) or 'nothing'} by variable elimination"
-    )
+    """The engine that serves the exact posterior, tried on the first rows, or why none does."""
+    structure = problem.model.structure
+    if structure.data_plate is not None and not any(s.is_table for s in structure.parameters.values()):
+        problem = replace(problem, data={k: v[:3] for k, v in problem.data.items()})
+    try:
+        return exact_posterior(problem, problem.initial).engine
+    except IntractableError as error:
+        return f"none: {' '.join(str(error).split())}"
+    except InputError:
+        raise
+    except Exception as error:  # a posterior that cannot be had stops no fit by a guide
+        return f"none: {_one_line(error)}"
 
 
 def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
