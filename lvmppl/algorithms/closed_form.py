@@ -8,9 +8,9 @@ sites or time steps are thereby tied) and solved:
     gamma    τ = A / B           covariance  Σ = Σ q (x − μ)(x − μ)ᵀ / n
 
 What the equations do not settle: an entry without weight (an emptied component) keeps its value; a variance is held at
-a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), for a covariance in every direction, since the
-likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to the bound. Each of these is
-the maximum under its restriction, so the log evidence still never falls.
+a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), for a covariance
+in every direction, since the likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to
+the bound. Each of these is the maximum under its restriction, so the log evidence still never falls.
 
 Shapes: R restarts lead every tensor (1 without); P entries of the parameters of a lookup.
 """
@@ -216,7 +216,7 @@ def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: i
 def _floor(variance: Named, mean: Named) -> Named:
     """ε^(2/3) of the variance of the data; of their mean square where they do not vary."""
     tensor = variance.tensor
-    eps = torch.finfo(tensor.dtype).eps ** (2 / 3)
+    eps: float = torch.finfo(tensor.dtype).eps ** (2 / 3)
     still = torch.where(mean.tensor == 0, torch.ones_like(tensor), mean.tensor.square())
     return Named(eps * torch.where(tensor > 0, tensor, eps * still), variance.dims)
 
@@ -288,7 +288,7 @@ def _raised(covariance: Tensor, least: Tensor) -> Tensor:
     scale = least.diagonal(dim1=-2, dim2=-1).sqrt()
     outer = scale.unsqueeze(-1) * scale.unsqueeze(-2)
     values, vectors = torch.linalg.eigh(covariance / outer)
-    raised = (vectors * values.clamp_min(1.0).unsqueeze(-2)) @ vectors.mT * outer
+    raised: Tensor = (vectors * values.clamp_min(1.0).unsqueeze(-2)) @ vectors.mT * outer
     return (raised + raised.mT) / 2
 
 

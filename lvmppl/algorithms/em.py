@@ -12,21 +12,24 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
-from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified
+from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified, working_dtype
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, require_enumerated
 from lvmppl.algorithms.start import start_values
+from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
 from lvmppl.algorithms.tabulated import Imprecise, tabulate
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
 
-ROUNDING = 1e-9  # relative fall of the log evidence that rounding may cause
+# Relative fall of the log evidence that rounding may cause.
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def infer(problem: Problem, options: EMOptions) -> Fit:
@@ -58,15 +61,27 @@ class _Run:
         return e_step(self.problem, values, self.plan.sites, keep_weights=bool(self.plan.by_gradient))
 
     def restart(self, number: int) -> Trajectory:
+        """One restart; again from its start without the tables where they turn out not to be the model."""
+        while True:
+            with contextlib.suppress(_NotTheModel):
+                return self._restart(number)
+            self.tables = None
+
+    def _restart(self, number: int) -> Trajectory:
         trajectory = Trajectory(number, "log_evidence")
         values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
         stopping = Stopping(self.options.tolerance)
         for step in range(self.options.max_steps + 1):
+            self._check_tables(step, values)
             objective, weights, statistics = self._e_step(values)
+            while self._falls(trajectory, objective) and not self._still_holds(trajectory.values):
+                objective, weights, statistics = self._e_step(trajectory.values)
+                values = self._m_step(trajectory, trajectory.values, weights, statistics)
+                objective, weights, statistics = self._e_step(values)
             trajectory.record(step, objective)
             self.problem.progress.update(step, objective)
-            if self._has_fallen(trajectory, values, objective):
-                return trajectory
+            if self._falls(trajectory, objective):
+                return self._diverged(trajectory, values, objective)
             if objective > trajectory.objective or not trajectory.values:
                 trajectory.objective, trajectory.values = objective, detached(values)
             stopped = stopping.met(objective)
@@ -104,23 +119,43 @@ class _Run:
             trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
         return new
 
-    def _has_fallen(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> bool:
-        before = trajectory.objective
-        if math.isfinite(objective) and objective >= before - ROUNDING * abs(before):
-            return False
+    def _falls(self, trajectory: Trajectory, objective: float) -> bool:
+        """Whether the log evidence is lower than it was, by more than rounding (or not a number)."""
+        if not trajectory.values:
+            return not math.isfinite(objective)
+        before, rounding = trajectory.objective, ROUNDING.get(working_dtype(self.problem), 1e-5)
+        return not (math.isfinite(objective) and objective >= before - rounding * abs(before))
+
+    def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
         step = len(trajectory.rows) - 1
         moved = ", ".join(self.plan.closed + self.plan.by_gradient) or "no parameter"
         trajectory.status = "diverged"
         trajectory.message = (
-            f"log evidence went from {before:.6f} to {objective:.6f} at step {step}, which updated {moved}"
+            f"log evidence went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
+            f"which updated {moved}"
         )
         trajectory.values = trajectory.values or detached(values)
-        return True
+        return trajectory
+
+    def _check_tables(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """That the model still computes what the tables hold: at every step that is a power of 2 (a run of the model
+        costs more than a small step), and wherever a fit ends."""
+        if self.tables is None or step & (step - 1):
+            return
+        if not are_looked_up(self.problem, self.tables.sites, values):
+            raise _NotTheModel
 
     def _still_holds(self, values: Mapping[str, Tensor]) -> bool:
         """Verify the plan where the fit ends; a parameter that fails goes to the gradient and the fit goes on."""
+        if not values:
+            return True
+        self._check_tables(0, values)
         checked = verified(self.problem, self.plan, values)
         same = checked.steps == self.plan.steps
         if not same:
             self.plan, self.tables = checked, None
         return same
+
+
+class _NotTheModel(Exception):
+    """The model computes something else at these parameters than what was looked up at the probe's."""

@@ -146,5 +146,5 @@ SPELLINGS: dict[tuple[str, str], tuple[Spelling, ...]] = {
 
 
 def _inverse(matrix: Tensor) -> Tensor:
-    inverse = torch.linalg.inv(matrix)
+    inverse: Tensor = torch.linalg.inv(matrix)
     return (inverse + inverse.mT) / 2

@@ -6,6 +6,7 @@ responsibilities r and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -101,21 +102,18 @@ def _weights_of(
     for factor in evaluation.factors:
         weight = torch.ones_like(factor.log_prob)
         for dim in factor.dims:
-            if dim not in tables:
-                continue
-            table = tables[dim]
-            extra = [d for d in table.dims[1:] if d not in factor.dims]
-            reduced = (
-                Named(
-                    table.tensor.sum([table.dims.index(d) for d in extra]),
-                    tuple(d for d in table.dims if d not in extra),
-                )
-                if extra
-                else table
-            )
-            weight = weight * align(reduced, factor.dims)
+            if dim in tables:
+                weight = weight * align(_summed_to(tables[dim], factor.dims), factor.dims)
         weights[factor.site] = weight
     return weights
+
+
+def _summed_to(named: Named, dims: Sequence[str]) -> Named:
+    """The table summed over its axes that are not among `dims`."""
+    axes = [i for i, d in enumerate(named.dims) if d not in dims]
+    if not axes:
+        return named
+    return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d in dims))
 
 
 def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[int, Tensor]:

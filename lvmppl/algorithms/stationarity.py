@@ -8,19 +8,23 @@ gradient must not point inwards.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 
+from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.expected import Weights, e_step, expected_log_joint
 from lvmppl.algorithms.m_step import Plan, solve_closed
+from lvmppl.algorithms.probing import probe_rows
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import bounds
 from lvmppl.density import Values
+from lvmppl.exponential import read
 
+_FEW_ROWS = 16
 RELATIVE = 1e-8  # of the gradient of Q a tenth of the way off
 _ROUNDING = {torch.float64: 1.0, torch.float32: 2e4}  # by how much looser, by dtype
 
@@ -42,6 +46,28 @@ def not_stationary(problem: Problem, plan: Plan, values: Values) -> dict[str, st
                 f"a lookup that does not maximise Q (relative gradient {ratio:.1e} after the M-step)"
             )
     return wrong
+
+
+def are_looked_up(problem: Problem, sites: Sequence[ClosedSite], values: Values) -> bool:
+    """Whether the model's distributions at θ are the entries of θ that their lookups say, and in the dtype of θ.
+
+    Both can fail after a proposal that held at the probe's values: a clamp acts only beyond its bound, and a constant in
+    single precision makes a factor in single precision. Lookups do not depend on the rows: a few serve.
+    """
+    data, rows = probe_rows(problem, _FEW_ROWS)
+    with torch.no_grad():
+        views, _ = problem.model.view(data, values, rows)
+        for site in sites:
+            reading = read(views[site.name], site.kind)
+            if reading is None:
+                return False
+            for field, lookup in site.lookups.items():
+                found, expected = reading.fields[field].tensor, lookup.evaluate(values)
+                if found.dtype != expected.dtype or found.shape != expected.shape:
+                    return False
+                if not torch.allclose(found, expected, rtol=1e-9, atol=0.0):
+                    return False
+    return True
 
 
 def _gradients(
@@ -77,7 +103,7 @@ def _in_coordinates(value: Tensor, grad: Tensor, constraint: Constraint) -> Tens
     transform = transform_to(constraint)
     with torch.enable_grad():
         free = transform.inv(value).detach().requires_grad_()
-        (result,) = torch.autograd.grad(transform(free), free, grad)
+        result: Tensor = torch.autograd.grad(transform(free), free, grad)[0]
     return result
 
 
@@ -112,6 +138,3 @@ def _moved(value: Tensor, constraint: Constraint, noise: Tensor) -> Tensor:
         above = value - low
         return low + torch.where(above > 0, above, 1e-3 * above.mean()) * torch.exp(0.1 * noise)
     return value + 0.1 * (1 + value.abs()) * noise
-
-
-__all__ = ["Mapping", "not_stationary"]

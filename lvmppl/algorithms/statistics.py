@@ -142,7 +142,7 @@ def _counts(reading: Reading, q: Named, keep: Sequence[str]) -> Named:
     ):
         state = labels.dims[0]
         renamed = Named(q.tensor, tuple(CATEGORY if d == state else d for d in q.dims))
-        dims = tuple(d for d in (RESTART, *keep) if d in q.dims) + (CATEGORY,)
+        dims = (*(d for d in (RESTART, *keep) if d in q.dims), CATEGORY)
         return Named(align(_sum_to(renamed, set(dims)), dims), dims)
     return _count_labels(labels, size, q, keep)
 
@@ -169,7 +169,7 @@ def _count_labels(labels: Named, size: int, q: Named, keep: Sequence[str]) -> Na
         result[row].index_add_(0, index[row], weight[row])
     shape = [sizes[d] for d in shared] + [size] + [sizes[d] for d in rest]
     dims = (*shared, CATEGORY, *rest)
-    final = tuple(d for d in (RESTART, *keep) if d in dims) + (CATEGORY,)
+    final = (*(d for d in (RESTART, *keep) if d in dims), CATEGORY)
     return Named(align(Named(result.reshape(shape), dims), final), final)
 
 
