@@ -131,8 +131,8 @@ class Factor:
 class SiteView:
     """A sample site as one pass of the model left it: distribution and value, and what its axes are called.
 
-    axis_names: by negative batch axis; an axis of size 1 has no name. `factors()` computes the log-density (of a chain:
-    of its start and steps).
+    axis_names: by negative batch axis; an axis of size 1 has no name. steps: of the chains that it may depend on.
+    `factors()` computes the log-density (of a chain: of its start and steps).
     """
 
     name: str
@@ -145,10 +145,7 @@ class SiteView:
     axis_names: Mapping[int, str]
     plates: frozenset[str]
     factors: Callable[[], list[Factor]]
-
-    def factor(self) -> Factor:
-        """The first of its log-factors: the only one, but for a chain."""
-        return self.factors()[0]
+    steps: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -827,7 +824,7 @@ def _factors(
 
     if isinstance(site["fn"], EnumeratedChain):
         return [factor(*part) for part in _chain_factors(name, site["fn"].chain, axis_names)]
-    steps = {v.steps for v in variables.values() if v.steps is not None and v.name in axis_names.values()}
+    steps = _chain_steps(variables, axis_names)
     stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
     if stepwise is not None and stepwise.shape[-1] in steps:
         tensor, dims = _name_axes(
@@ -839,6 +836,12 @@ def _factors(
     if observed or "_enumerate_dim" not in site["infer"]:
         log_prob = _masked(log_prob, site)
     return [factor(name, *_name_axes(log_prob, axis_names, name))]
+
+
+def _chain_steps(variables: Mapping[str, Variable], axis_names: Mapping[int, str]) -> frozenset[int]:
+    """Numbers of steps of the chains among the axes of a site."""
+    chains = (v for v in variables.values() if v.name in axis_names.values())
+    return frozenset(v.steps for v in chains if v.steps is not None)
 
 
 def _masked(log_prob: Tensor, site: Any, trailing: int = 0) -> Tensor:
@@ -903,8 +906,9 @@ def _views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str, Site
         mask = None if "_enumerate_dim" in site["infer"] and not observed else site["mask"]
         compute = functools.partial(_factors, name, site, rows, plate, names, {}, variables)
         views[name] = SiteView(
-            name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute
-        )
+            name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute,
+            _chain_steps(variables, axis_names),
+        )  # fmt: skip
     return views, Evaluation((), (), variables, frozenset(), sizes)
 
 

@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from lvmppl.density import SiteView
+from lvmppl.density import EnumeratedChain, SiteView, chain_axes, time_axis
 from lvmppl.exact.named import Named
 
 CATEGORY, ROW, COLUMN = "·v", "·i", "·j"
+TRANSITION = "·transition"
+"""What the name of a chain's second factor ends in."""
 
 Getter = Callable[[Any], dict[str, Tensor]]
 
@@ -235,6 +237,45 @@ class Reading:
         return next(iter(self.fields.values())).tensor.dtype
 
 
+def read_factors(view: SiteView) -> dict[str, Reading | None]:
+    """A reading for each log-factor of the site, by the factor's name: one, or a chain's start and its steps."""
+    if isinstance(view.fn, EnumeratedChain):
+        return {view.name: _chain_start(view), view.name + TRANSITION: _chain_steps(view)}
+    return {view.name: read(view)}
+
+
+def read_factor(views: Mapping[str, SiteView], name: str, kind: str) -> Reading | None:
+    """The reading of the log-factor of this name, in the kind found earlier."""
+    if name in views and not isinstance(views[name].fn, EnumeratedChain):
+        return read(views[name], kind)
+    return read_factors(views[name.removesuffix(TRANSITION)])[name]
+
+
+def _chain_start(view: SiteView) -> Reading:
+    """log π of a chain as a table over the category that is its first state."""
+    table = view.fn.chain.log_initial.exp()
+    axes = {axis - 1: name for axis, name in view.axis_names.items() if name != view.name}
+    probs = _named(table, {axis + 1: name for axis, name in axes.items()}, (CATEGORY,))
+    return _state_reading(view, view.name, probs, view.name)
+
+
+def _chain_steps(view: SiteView) -> Reading:
+    """log P of a chain as a table, by the state before, over the category that is the state after."""
+    chain = view.fn.chain
+    step, before, after = chain_axes(view.name, chain.num_steps)
+    axes = {axis - 2: name for axis, name in view.axis_names.items() if name != view.name}
+    probs = _named(chain.log_transition.exp(), {**axes, -1: before, -2: step}, (CATEGORY,))
+    return _state_reading(view, view.name + TRANSITION, probs, after)
+
+
+def _state_reading(view: SiteView, site: str, probs: Named, state: str) -> Reading:
+    value = torch.arange(view.fn.chain.states)
+    family = FAMILIES[dist.Categorical]
+    return Reading(
+        site, family, "simplex", {"probs": probs}, value, {}, (), {-1: state}, 0, 0, True, "MarkovChain"
+    )
+
+
 def read(view: SiteView, kind: str | None = None) -> Reading | None:
     """The site's reading, or None where its family is not in the table (or its wrapper is unknown).
 
@@ -263,6 +304,8 @@ def read(view: SiteView, kind: str | None = None) -> Reading | None:
     axes = {axis - event_rank: name for axis, name in view.axis_names.items()}
     axes.update({-i: f"·{i}" for i in range(1, event_rank + 1)})
     fields, value, shape = family.fields(fn), view.value, tuple(fn.batch_shape)
+    if event_rank and view.observed and shape[-event_rank] in view.steps:  # its steps are those of a chain
+        axes[-event_rank] = time_axis(shape[-event_rank])
     wanted, kind = kind, family.kind
     if kind == "mvn" and wanted != "mvn":
         flat = _diagonal(fields)
@@ -294,7 +337,7 @@ def read(view: SiteView, kind: str | None = None) -> Reading | None:
     )
     present = {d for part in (*named.values(), reading.named(value, reading.core_rank)) for d in part.dims}
     lost = any(
-        f"·{i}" not in present and size > 1 for i, size in enumerate(reversed(shape), 1) if i <= event_rank
+        axes[-i] not in present and size > 1 for i, size in enumerate(reversed(shape), 1) if i <= event_rank
     )
     return None if lost else reading
 

@@ -19,7 +19,7 @@ from lvmppl.algorithms.statistics import Statistics, accumulate, add_statistics
 from lvmppl.density import Coordinates, Evaluation, Factor, SiteView, Values
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.named import Named
-from lvmppl.exponential import read
+from lvmppl.exponential import read_factor
 
 Weights = list[dict[str, Tensor]]
 """One dictionary a chunk of the data: q_s by site."""
@@ -55,7 +55,7 @@ def add_up(
     dims = {f.site: f.dims for f in evaluation.factors}
     with torch.no_grad():
         for site in sites:
-            reading = read(views[site.name], site.kind)
+            reading = read_factor(views, site.name, site.kind)
             assert reading is not None, "a site's family does not change between steps"
             part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
             statistics[site.name] = add_statistics(statistics.get(site.name), part)

@@ -21,7 +21,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics, keep_dims, reference_of
 from lvmppl.density import Values, unvalidated
 from lvmppl.exact.named import Named, align, union
-from lvmppl.exponential import read
+from lvmppl.exponential import read_factor
 from lvmppl.fitted import MStep
 
 _GROUP = {"precision": "gamma", "rate": "gamma", "covariance": "covariance", "loc": "loc"}
@@ -208,7 +208,7 @@ class _Rules:
 
     def _with_own_constants(self, site: str, use: Use, field: str, lookup: Lookup) -> Lookup:
         """Constants as the model makes them in its own dtype; the probe ran in float64."""
-        reading = read(self.views[site], use.reading.kind)
+        reading = read_factor(self.views, site, use.reading.kind)
         if reading is None or reading.fields[field].tensor.shape != lookup.index.shape:
             return lookup
         return replace(lookup, constant=reading.fields[field].tensor.to(working_dtype(self.problem)))

@@ -20,7 +20,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import SPELLINGS, Spelling
 from lvmppl.density import Rows, SiteView, Values, isolated, unvalidated
 from lvmppl.exact.named import Named
-from lvmppl.exponential import Reading, read
+from lvmppl.exponential import Reading, read_factors
 
 PROBE_ROWS = 4096  # rows at which a model is probed and a proposal verified, evenly spaced over the data
 _CLOSE = 1e-10  # relative difference of two computations of the same number
@@ -100,17 +100,22 @@ def propose(problem: Problem) -> Proposal:
         leaves = {n: v.requires_grad_() for n, v in first.items()}
         with torch.enable_grad():
             views, _ = problem.model.view(data, leaves, rows)
-            readings = {n: _reading(v, leaves) for n, v in views.items()}
+            readings = {n: _readings(v) for n, v in views.items()}
         with torch.no_grad():
-            again = {n: read(v) for n, v in problem.model.view(data, second, rows)[0].items()}
+            again = {n: read_factors(v) for n, v in problem.model.view(data, second, rows)[0].items()}
         match = _Matcher(problem, {n: v.detach() for n, v in first.items()}, second)
         uses, opaque = {}, {}
         for name, view in views.items():
-            one, two = readings[name], again[name]
-            if one is None or two is None or set(one.fields) != set(two.fields):
+            pairs = {n: (r, again[name].get(n)) for n, r in readings[name].items()}
+            if any(
+                one is None or two is None or set(one.fields) != set(two.fields)
+                for one, two in pairs.values()
+            ):
                 opaque[name] = (_family(view), _opaque_depends(view, leaves))
-            else:
-                uses[name] = _use(one, two, match, leaves)
+                continue
+            for factor, (one, two) in pairs.items():
+                assert one is not None and two is not None
+                uses[factor] = _use(one, two, match, leaves)
     return Proposal(uses, opaque)
 
 
@@ -133,20 +138,20 @@ def _probe(problem: Problem, seed: int) -> dict[str, Tensor]:
     return values
 
 
-def _reading(view: SiteView, leaves: Values) -> Reading | None:
-    reading = read(view)
-    if reading is None:
-        return None
-    extra = [reading.value, *reading.known.values(), *reading.masks]
-    if isinstance(view.scale, Tensor):
-        extra.append(view.scale)
-    return None if any(t.requires_grad for t in extra) else reading
+def _readings(view: SiteView) -> dict[str, Reading | None]:
+    """None where what is taken as known depends on θ."""
+    result: dict[str, Reading | None] = {}
+    for name, reading in read_factors(view).items():
+        extra = [] if reading is None else [reading.value, *reading.known.values(), *reading.masks]
+        if isinstance(view.scale, Tensor):
+            extra.append(view.scale)
+        result[name] = None if any(t.requires_grad for t in extra) else reading
+    return result
 
 
 def _opaque_depends(view: SiteView, leaves: Values) -> frozenset[str]:
     with torch.enable_grad():
-        factor = view.factor()
-        tensors = [factor.log_prob] + ([factor.scale] if isinstance(factor.scale, Tensor) else [])
+        tensors = [t for f in view.factors() for t in (f.log_prob, f.scale) if isinstance(t, Tensor)]
         return depends_on(tensors, leaves)
 
 

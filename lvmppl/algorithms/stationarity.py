@@ -22,7 +22,7 @@ from lvmppl.algorithms.probing import probe_rows
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import bounds
 from lvmppl.density import Values
-from lvmppl.exponential import read
+from lvmppl.exponential import read_factor
 
 _FEW_ROWS = 16
 RELATIVE = 1e-8  # of the gradient of Q a tenth of the way off
@@ -58,7 +58,7 @@ def are_looked_up(problem: Problem, sites: Sequence[ClosedSite], values: Values)
     with torch.no_grad():
         views, _ = problem.model.view(data, values, rows)
         for site in sites:
-            reading = read(views[site.name], site.kind)
+            reading = read_factor(views, site.name, site.kind)
             if reading is None:
                 return False
             for field, lookup in site.lookups.items():

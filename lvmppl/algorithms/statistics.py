@@ -15,8 +15,9 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lvmppl.density import time_axis
 from lvmppl.exact.named import Named, align, union
-from lvmppl.exponential import CATEGORY, ROW, Reading
+from lvmppl.exponential import CATEGORY, COLUMN, ROW, Reading
 
 RESTART = "·restart"
 PACKED = "·p"
@@ -27,7 +28,8 @@ Statistics = dict[str, Named]
 
 def keep_dims(reading: Reading) -> tuple[str, ...]:
     """Batch axes of the fields."""
-    return tuple(d for d in union(n.dims for n in reading.fields.values()) if d[:1] != "·" or d[1:].isdigit())
+    core = (CATEGORY, ROW, COLUMN)
+    return tuple(d for d in union(n.dims for n in reading.fields.values()) if d not in core)
 
 
 def accumulate(reading: Reading, q: Named, keep: Sequence[str], reference: Named | None) -> Statistics:
@@ -67,7 +69,7 @@ def contract(
 
     An event axis of the value that neither q, nor t, nor `keep` has multiplies the sum by its size.
     """
-    keep = (RESTART, *keep)
+    keep, summed = (RESTART, *keep), set(q.dims) | set(t.dims)
     q = _sum_to(q, {*t.dims, *keep})
     t = _sum_to(t, {*q.dims, *keep})
     dims = tuple(d for d in keep if d in q.dims or d in t.dims)
@@ -80,16 +82,13 @@ def contract(
         sub = [[letters[d] for d in n.dims] for n in (q, t)]
         tensor = torch.einsum(q.tensor, sub[0], t.tensor, sub[1], [letters[d] for d in dims])
     sizes = {d: s for p in parts for d, s in zip(p.dims, p.tensor.shape, strict=True)}
-    lost = prod(
-        sizes.get(d, 1)
-        for d in value_dims
-        if d not in keep and d not in q.dims and d not in t.dims and _is_event(d)
-    )
+    lost = prod(sizes.get(d, 1) for d in value_dims if d not in keep and d not in summed and _is_event(d))
     return Named(tensor * lost if lost != 1 else tensor, dims)
 
 
 def _is_event(dim: str) -> bool:
-    return dim[:1] == "·" and dim[1:].isdigit()
+    """Whether an axis is one of the event: numbered, or the steps of a chain."""
+    return dim[:1] == "·" and (dim[1:].isdigit() or dim.startswith(time_axis(0)[:-1]))
 
 
 def _sum_to(named: Named, dims: set[str]) -> Named:
@@ -183,7 +182,7 @@ def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
 def reference_of(reading: Reading) -> tuple[Named, Named]:
     """(mean, variance) of the data of a normal or mvn site, over all but its event axes."""
     (x,) = reading.statistics()
-    dims = tuple(d for d in x.dims if _is_event(d)) + ((ROW,) if ROW in x.dims else ())
+    dims = tuple(d for d in x.dims if d[1:].isdigit() and d[0] == "·") + ((ROW,) if ROW in x.dims else ())
     axes = [i for i, d in enumerate(x.dims) if d not in dims]
     mean = x.tensor.mean(axes) if axes else x.tensor
     variance = x.tensor.var(axes, correction=0) if axes else torch.zeros_like(x.tensor)
