@@ -26,6 +26,20 @@ Count = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(min_length=1)]
 Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
 Positive = Annotated[float, Field(gt=0)]
+Optimizer = Literal[
+    "lbfgs",
+    "adam",
+    "sgd",
+    "adamw",
+    "rmsprop",
+    "adagrad",
+    "adadelta",
+    "adamax",
+    "nadam",
+    "radam",
+    "rprop",
+    "asgd",
+]
 
 
 class Frozen(BaseModel):
@@ -69,7 +83,7 @@ class IterativeOptions(Options):
     max_steps: Count = 500
     tolerance: Annotated[float, Field(ge=0)] = 1e-8
     init: Literal["params", "kmeans", "random"] = "params"
-    optimizer: Literal["lbfgs", "adam", "sgd"] = "lbfgs"
+    optimizer: Optimizer = "lbfgs"
     learning_rate: Positive | None = None
     clip_norm: Positive | None = None
     start_from: Name | None = None
@@ -77,7 +91,7 @@ class IterativeOptions(Options):
 
     @property
     def rate(self) -> float:
-        """The learning rate in effect: as given, else 1 for L-BFGS and 0.01 for Adam and SGD."""
+        """The learning rate in effect: as given, else 1 for L-BFGS and 0.01 for the others."""
         if self.learning_rate is not None:
             return self.learning_rate
         return 1.0 if self.optimizer == "lbfgs" else 0.01
@@ -86,15 +100,27 @@ class IterativeOptions(Options):
 class VariationalOptions(IterativeOptions):
     """What the algorithms with a guide take.
 
+    optimizer: one of torch.optim. schedule: of the learning rate over `max_steps`; `linear` ends at zero. None is the
+    optimizer's own: constant for L-BFGS, else linear.
     batch_size: rows a step, None for all. num_particles: draws a step. estimator: `auto` chooses by site.
+    patience: windows without a new best after which a fit stops. validation_fraction: share of the rows that no step
+    sees and whose ELBO `patience` then watches.
     """
 
     guide: CallableSpec | None = None
-    optimizer: Literal["lbfgs", "adam", "sgd"] = "adam"
+    optimizer: Optimizer = "adam"
+    schedule: Literal["linear", "constant", "cosine", "exponential"] | None = None
     batch_size: Count | None = None
     num_particles: Count = 1
     estimator: Literal["auto"] = "auto"
     objective: Literal["elbo"] = "elbo"
+    patience: Count | None = None
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def rate_schedule(self) -> str:
+        """The schedule in effect."""
+        return self.schedule or ("constant" if self.optimizer == "lbfgs" else "linear")
 
 
 class EnumerationOptions(IterativeOptions):

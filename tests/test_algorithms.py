@@ -254,12 +254,12 @@ def test_exact_algorithms_refuse_latents_that_are_not_enumerated() -> None:
 
 
 def test_svi_returns_the_tail_average_of_a_table_by_row() -> None:
-    from lvmppl.algorithms.stepper import _Average
+    from lvmppl.algorithms.tables import Average
     from lvmppl.density import ParameterSpec
 
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(7, 2, generator=generator, dtype=torch.float64)
-    average = _Average({"t": table}, {"t": ParameterSpec("t", constraints.real, table, row_axis=-2)})
+    average = Average({"t": table}, {"t": ParameterSpec("t", constraints.real, table, row_axis=-2)})
     average.begin({"t": table})
     seen = []
     for _ in range(9):

@@ -102,7 +102,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"init": "kmean"},
         "fit.init: expected params, kmeans or random, got 'kmean'; did you mean 'kmeans'",
     ),
-    ("em", {"optimizer": "lbgfs"}, "expected lbfgs, adam or sgd, got 'lbgfs'; did you mean 'lbfgs'"),
+    (
+        "em",
+        {"optimizer": "lbgfs"},
+        "expected lbfgs, adam, .* rprop or asgd, got 'lbgfs'; did you mean 'lbfgs'",
+    ),
     ("em", {"freeze": "weights"}, r"fit.freeze: expected a list, got 'weights'; write \[weights\]"),
     ("em", {"freeze": ["loc", 3]}, "fit.freeze.1: expected text, got 3"),
     ("em", {"guide": {"use": "categorical"}}, "guide is an option of vem, svi only"),

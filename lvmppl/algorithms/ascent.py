@@ -15,6 +15,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.density import Values
 
 TAIL = 0.25  # the share of a stochastic fit's steps whose iterates are averaged
+LAST_RATE = 0.01  # what an exponential schedule leaves of the learning rate at the last step
 
 
 @dataclass
@@ -61,6 +62,10 @@ class Stopping:
             return False
         return abs(objective - previous) < self.tolerance * max(abs(previous), 1e-300)
 
+    def forget(self) -> None:
+        """Start anew: the next objective is compared with none before it."""
+        self.previous = None
+
 
 class RestartOptions(Protocol):
     @property
@@ -86,9 +91,24 @@ def best_of(trajectories: Sequence[Trajectory]) -> Trajectory:
 
 
 def make_optimizer(name: str, leaves: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:
-    """First-order optimizers by name."""
-    kinds: Mapping[str, type[torch.optim.Optimizer]] = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
-    return kinds[name](list(leaves), lr=learning_rate)  # type: ignore[call-arg]
+    """An optimizer of torch.optim by its name in any case; of L-BFGS one iteration a step, with a line search."""
+    kinds = {n.lower(): k for n, k in vars(torch.optim).items() if isinstance(k, type)}
+    if name == "lbfgs":
+        settings: dict[str, Any] = {"max_iter": 1, "max_eval": 25, "line_search_fn": "strong_wolfe"}
+        settings.update(history_size=20, tolerance_grad=0.0, tolerance_change=0.0)
+        return torch.optim.LBFGS(list(leaves), lr=learning_rate, **settings)
+    return kinds[name](list(leaves), lr=learning_rate)  # type: ignore[no-any-return]
+
+
+def rate_factor(schedule: str, progress: float) -> float:
+    """What the learning rate is multiplied by when a share `progress` (0 … 1) of the steps is done."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    if schedule == "exponential":
+        return float(LAST_RATE**progress)
+    return 1.0 - progress
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -17,7 +17,7 @@ from lvmppl.algorithms.stepper import StepSeeds
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Values
 from lvmppl.elbo import elbo
-from lvmppl.errors import IntractableError
+from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.evaluation import ImproperPosterior
 from lvmppl.fitted import Fit, history_frame
 from lvmppl.options import Options
@@ -75,7 +75,7 @@ def evaluate(problem: Problem, values: Values) -> Score:
     posterior = None
     try:
         posterior = exact_posterior(problem, values)
-    except (IntractableError, ImproperPosterior):
+    except (IntractableError, ImproperPosterior, ModelError):
         if problem.guided is None:
             raise
     exact = (math.nan, "none", math.nan)

@@ -1,12 +1,14 @@
 """Gradient steps on the ELBO, shared by the joint (svi) and the alternating (vem) schedule.
 
 λ may hold tables with a row per datum. Under minibatches a step touches its own rows only: their gradient is sparse,
-their optimizer state is updated lazily, and their tail average is kept per row.
+their optimizer state is updated lazily, and their tail average is kept per row (`tables`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,16 +16,24 @@ from torch import Tensor
 
 from lvmppl.algorithms.ascent import make_optimizer, set_rate
 from lvmppl.algorithms.problem import Problem
-from lvmppl.density import Coordinates, Joint, ParameterSpec, derive_seed, mixed
+from lvmppl.algorithms.recovery import NotFinite
+from lvmppl.algorithms.tables import Average, RowOptimizer
+from lvmppl.density import Coordinates, Joint, derive_seed, mixed
 from lvmppl.elbo import elbo
 from lvmppl.errors import ModelError
 
 
 class Batches:
-    """An endless stream of batches: each epoch is a fresh seeded permutation of the rows, cut into nearly equal pieces."""
+    """An endless stream of batches: each epoch is a fresh seeded permutation of the rows, cut into nearly equal pieces.
 
-    def __init__(self, problem: Problem, batch_size: int | None, restart: int) -> None:
-        self.total = problem.num_rows
+    pool: the rows that batches are drawn from, all when None.
+    """
+
+    def __init__(
+        self, problem: Problem, batch_size: int | None, restart: int, pool: Tensor | None = None
+    ) -> None:
+        self.pool = pool
+        self.total = problem.num_rows if pool is None else len(pool)
         self.size = None if batch_size is None or batch_size >= self.total else batch_size
         self.key = (problem.seed, problem.name, restart)
         self.epoch = 0
@@ -32,13 +42,24 @@ class Batches:
     def next(self) -> Tensor | None:
         """Indices of the next batch, at most `batch_size` of them, or None for all rows."""
         if self.size is None:
-            return None
+            return self.pool
         if not self.waiting:
             generator = torch.Generator().manual_seed(derive_seed(*self.key, "epoch", self.epoch))
             order = torch.randperm(self.total, generator=generator)
+            order = order if self.pool is None else self.pool[order]
             self.waiting = list(reversed(order.tensor_split(-(-self.total // self.size))))
             self.epoch += 1
         return self.waiting.pop()
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """The state of a stepper before a step: dense leaves, optimizer state, and (rows of) tables."""
+
+    dense: list[Tensor]
+    optimizer: dict[str, Any] | None
+    tables: dict[str, dict[str, Tensor]]
+    indices: Tensor | None
 
 
 class Stepper:
@@ -69,8 +90,10 @@ class Stepper:
         self.leaves = {n: v if n in self.tables else v.requires_grad_() for n, v in raw.items()}
         self.dense = [v for n, v in self.leaves.items() if n not in self.tables]
         self.optimizer = make_optimizer(optimizer, self.dense, learning_rate) if self.dense else None
-        self.sparse = {n: _RowAdam(self.leaves[n], spec) for n, spec in self.tables.items()}
-        self.average = _Average(self.leaves, self.tables)
+        self.searches = optimizer == "lbfgs"
+        self.sparse = {n: RowOptimizer(optimizer, self.leaves[n], spec) for n, spec in self.tables.items()}
+        self.average = Average(self.leaves, self.tables)
+        self.saved: _Saved | None = None
 
     def values(self, indices: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(constrained values for a batch, the batch's table rows as leaves)."""
@@ -91,102 +114,69 @@ class Stepper:
             values = {**self.fixed, **self.coordinates.constrain(self.average.mean(self.leaves))}
         return {n: v.detach().clone() for n, v in values.items()}
 
-    def update(self, value: Tensor, rows: Mapping[str, Tensor], indices: Tensor | None, decay: float) -> None:
-        """One ascent step on `value` (negated here, and only here, for the optimizer)."""
+    def update(
+        self,
+        value: Tensor,
+        rows: Mapping[str, Tensor],
+        indices: Tensor | None,
+        factor: float,
+        again: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """One ascent step on `value` (negated here, and only here, for the optimizer), at the rate times `factor`.
+
+        again: the objective anew at the present values, for an optimizer that searches along a line.
+
+        Raises:
+            NotFinite: the gradient is not finite; nothing has moved.
+        """
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         (-value).backward()
+        leaves = [*self.dense, *rows.values()]
+        gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
+        if gradients and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()):
+            raise NotFinite("gradient")
         if self.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_([*self.dense, *rows.values()], self.clip_norm)
+            torch.nn.utils.clip_grad_norm_(leaves, self.clip_norm)
         if self.optimizer is not None:
-            set_rate(self.optimizer, self.rate * decay)
-            self.optimizer.step()
+            set_rate(self.optimizer, self.rate * factor)
+            self.optimizer.step(self._closure(again) if self.searches else None)  # type: ignore[arg-type]
         for name, leaf in rows.items():
             assert indices is not None
             if leaf.grad is not None:
                 self.average.before_rows(name, self.leaves[name], indices)
-                self.sparse[name].step(leaf.grad, indices, self.rate * decay)
+                self.sparse[name].step(leaf.grad, indices, self.rate * factor)
 
+    def _closure(self, again: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
+        assert again is not None, "a line search needs the objective as a function"
 
-class _RowAdam:
-    """Adam on the rows of a table that a batch touches (Kingma & Ba 2015); moments exist per row, steps are counted
-    per row, so that a row's first update is bias-corrected as its first."""
+        def closure() -> Tensor:
+            assert self.optimizer is not None
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = -again()
+            loss.backward()
+            return loss.detach()
 
-    def __init__(self, table: Tensor, spec: ParameterSpec) -> None:
-        assert spec.row_axis is not None
-        self.table, self.axis = table, spec.row_axis
-        self.first, self.second = torch.zeros_like(table), torch.zeros_like(table)
-        shape = [1] * table.dim()
-        shape[self.axis] = table.shape[self.axis]
-        self.count = torch.zeros(shape, dtype=table.dtype, device=table.device)
+        return closure
 
-    def select(self, indices: Tensor) -> Tensor:
-        return self.table.index_select(self.axis, indices)
+    def save(self, indices: Tensor | None = None) -> None:
+        """Keep the present state to go back to; of tables only the rows that the coming step will touch, if given."""
+        state = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
+        tables = {n: s.snapshot(indices) for n, s in self.sparse.items()}
+        self.saved = _Saved([leaf.detach().clone() for leaf in self.dense], state, tables, indices)
 
-    def step(self, grad: Tensor, indices: Tensor, rate: float) -> None:
-        axis = self.axis % self.table.dim()
-        with torch.no_grad():
-            count = self.count.index_select(axis, indices) + 1
-            first = self.first.index_select(axis, indices).mul_(0.9).add_(grad, alpha=0.1)
-            second = self.second.index_select(axis, indices).mul_(0.999).addcmul_(grad, grad, value=0.001)
-            move = (first / (1 - 0.9**count)) / ((second / (1 - 0.999**count)).sqrt() + 1e-8)
-            self.table.index_add_(axis, indices, move, alpha=-rate)
-            self.count.index_copy_(axis, indices, count)
-            self.first.index_copy_(axis, indices, first)
-            self.second.index_copy_(axis, indices, second)
-
-
-class _Average:
-    """The running mean of iterates; for tables by row: a row stands still between the steps that touch it."""
-
-    def __init__(self, leaves: Mapping[str, Tensor], tables: Mapping[str, ParameterSpec]) -> None:
-        self.tables = tables
-        self.sums: dict[str, Tensor] = {}
-        self.since: dict[str, Tensor] = {}
-        self.count = 0
-        self.axes = {n: s.row_axis % leaves[n].dim() for n, s in tables.items() if s.row_axis is not None}
-
-    def begin(self, leaves: Mapping[str, Tensor]) -> None:
-        self.sums = {n: torch.zeros_like(v) for n, v in leaves.items()}
-        for name, axis in self.axes.items():
-            shape = [1] * leaves[name].dim()
-            shape[axis] = leaves[name].shape[axis]
-            self.since[name] = torch.zeros(shape, dtype=leaves[name].dtype, device=leaves[name].device)
-        self.count = 0
-
-    @property
-    def active(self) -> bool:
-        return bool(self.sums)
-
-    def before_rows(self, name: str, table: Tensor, indices: Tensor) -> None:
-        """Account for the steps during which these rows stood still, before they move."""
-        if not self.active:
+    def restore(self, rate_factor: float = 0.5) -> None:
+        """Back to the state last saved (leaves and optimizer state); the learning rate is multiplied by `rate_factor`."""
+        self.rate *= rate_factor
+        if self.saved is None:
             return
-        axis = self.axes[name]
         with torch.no_grad():
-            waited = self.count - self.since[name].index_select(axis, indices)
-            self.sums[name].index_add_(axis, indices, table.index_select(axis, indices) * waited)
-            self.since[name].index_fill_(axis, indices, float(self.count))
-
-    def after_step(self, leaves: Mapping[str, Tensor]) -> None:
-        if not self.active:
-            return
-        self.count += 1
-        dense = [n for n in leaves if n not in self.axes]
-        if dense:
-            with torch.no_grad():
-                torch._foreach_add_([self.sums[n] for n in dense], [leaves[n] for n in dense])
-
-    def mean(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if not self.active or self.count == 0:
-            return {n: v.detach() for n, v in leaves.items()}
-        result = {}
-        for name, leaf in leaves.items():
-            total = self.sums[name]
-            if name in self.axes:
-                total = total + leaf.detach() * (self.count - self.since[name])
-            result[name] = total / self.count
-        return result
+            for leaf, old in zip(self.dense, self.saved.dense, strict=True):
+                leaf.copy_(old)
+        if self.optimizer is not None and self.saved.optimizer is not None:
+            self.optimizer.load_state_dict(copy.deepcopy(self.saved.optimizer))
+        for name, rows in self.saved.tables.items():
+            self.sparse[name].restore(rows, self.saved.indices)
 
 
 def batch_elbo(

@@ -1,23 +1,27 @@
 """Stochastic variational inference: θ and λ move together up the ELBO (Kim, Wiseman & Rush 2018, §4.2).
 
-The rate decays linearly to zero over `max_steps`. Where the objective is an estimate (minibatches, drawn sites) the
-mean of the last quarter's iterates is returned, else the best iterate.
+The rate decays to zero over `max_steps` unless `schedule` says otherwise. Where the objective is an estimate
+(minibatches, drawn sites) the mean of the last quarter's iterates is returned, else the best iterate. A step whose
+objective or gradient is not finite is undone and tried again at half the rate (`recovery`).
 """
 
 from __future__ import annotations
 
 import math
 
-from lvmppl.algorithms.ascent import TAIL, Stopping, Trajectory
+from torch import Tensor
+
+from lvmppl.algorithms.ascent import TAIL, Trajectory, rate_factor
+from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
+from lvmppl.errors import ModelError
 from lvmppl.fitted import Fit
 from lvmppl.options import SVIOptions
-
-WINDOW = 50  # steps over which a noisy objective is averaged before the stopping rule looks at it
 
 
 def infer(problem: Problem, options: SVIOptions) -> Fit:
@@ -32,47 +36,106 @@ def infer(problem: Problem, options: SVIOptions) -> Fit:
 
 def ascend(problem: Problem, options: SVIOptions) -> Trajectory:
     """The steps of one fit."""
-    trajectory, seeds = Trajectory(0, "elbo"), StepSeeds(problem, 0)
-    batches = Batches(problem, options.batch_size, 0)
-    start = start_values(problem, options.init, 0, 1)
-    names = (*problem.free_theta, *problem.free_lambda)
-    stepper = Stepper(
-        problem, start, names, options.optimizer, options.rate, options.clip_norm, batches.size is not None
-    )
-    noisy = batches.size is not None or draws(problem)
-    stopping, recent = Stopping(options.tolerance), 0.0
-    tail = int((1 - TAIL) * options.max_steps)
-    assert problem.guided is not None
-    for step in range(options.max_steps + 1):
-        seeds.use(step)
-        indices = batches.next()
-        values, rows = stepper.values(indices)
-        value = batch_elbo(problem, problem.guided, values, indices, options.num_particles)
-        objective = float(value.detach())
-        trajectory.record(step, objective)
-        problem.progress.update(step, objective)
-        if not math.isfinite(objective):
-            trajectory.status = "diverged"
-            trajectory.message = f"the ELBO became {objective} at step {step}"
-            trajectory.values = trajectory.values or dict(start)
-            return trajectory
-        if not noisy and (objective > trajectory.objective or not trajectory.values):
-            trajectory.objective, trajectory.values = objective, stepper.full_values()
-        recent += objective
-        if not noisy and stopping.met(objective):
-            trajectory.status = "converged"
-            return trajectory
-        if noisy and (step + 1) % WINDOW == 0:
-            mean, recent = recent / WINDOW, 0.0
-            if stopping.met(mean):
-                trajectory.status = "converged"
+    return _Ascent(problem, options).run()
+
+
+class _Ascent:
+    """One run: the stepper, what watches it, and what undoes its failures."""
+
+    def __init__(self, problem: Problem, options: SVIOptions) -> None:
+        assert problem.guided is not None
+        self.problem, self.options, self.joint = problem, options, problem.guided
+        self.trajectory, self.seeds = Trajectory(0, "elbo"), StepSeeds(problem, 0)
+        self.watch = Watch(problem, options)
+        self.batches = Batches(problem, options.batch_size, 0, self.watch.training)
+        small = self.batches.size is not None
+        self.noisy = small or draws(problem)
+        check_line_search(problem, options, self.noisy)
+        self.start = start_values(problem, options.init, 0, 1)
+        names = (*problem.free_theta, *problem.free_lambda)
+        settings = (options.optimizer, options.rate, options.clip_norm, small)
+        self.stepper = Stepper(problem, self.start, names, *settings)
+        self.recovery = Recovery()
+
+    def run(self) -> Trajectory:
+        """Steps until the criterion is met, the steps run out, or three in a row have failed."""
+        trajectory, options = self.trajectory, self.options
+        tail = int((1 - TAIL) * options.max_steps)
+        for step in range(options.max_steps + 1):
+            self.seeds.use(step)
+            indices = self.batches.next()
+            if self.noisy and (step == tail or self.watch.opens(step, tail)):
+                self.stepper.average.begin(self.stepper.leaves)
+            try:
+                stopped = self._step(step, indices)
+            except (NotFinite, ModelError) as error:
+                if isinstance(error, ModelError) and step == 0:
+                    raise
+                stopped = self._failed(step, error, indices)
+            if stopped:
                 break
-        if step == options.max_steps:
-            break
-        if noisy and step == tail:
-            stepper.average.begin(stepper.leaves)
-        stepper.update(value, rows, indices, 1 - step / options.max_steps)
-        stepper.average.after_step(stepper.leaves)
-    if noisy:
-        trajectory.values, trajectory.objective = stepper.averaged_values(), objective
-    return trajectory
+        return self._ended(trajectory)
+
+    def _step(self, step: int, indices: Tensor | None) -> bool:
+        values, rows = self.stepper.values(indices)
+        value = self._objective(values, indices)
+        objective = float(value.detach())
+        if not math.isfinite(objective):
+            raise NotFinite("ELBO")
+        self.recovery.fine()
+        self._record(step, objective)
+        self.stepper.average.after_step(self.stepper.leaves)
+        trajectory = self.trajectory
+        if not self.noisy and (objective > trajectory.objective or not trajectory.values):
+            trajectory.objective, trajectory.values = objective, self.stepper.full_values()
+        if self.watch.met(step, objective, self.noisy, self.stepper):
+            trajectory.status = "converged"
+            return True
+        if step == self.options.max_steps:
+            return True
+        factor = rate_factor(self.options.rate_schedule, step / self.options.max_steps)
+        saved = self.stepper.saved
+        self.stepper.save(indices)
+        again = (
+            (lambda: self._objective(self.stepper.values(indices)[0], indices)) if not self.noisy else None
+        )
+        try:
+            self.stepper.update(value, rows, indices, factor, again)
+        except NotFinite:
+            self.stepper.saved = saved  # this state is the bad one: go back to the one before
+            raise
+        return False
+
+    def _objective(self, values: dict[str, Tensor], indices: Tensor | None) -> Tensor:
+        return batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
+
+    def _record(self, step: int, objective: float) -> None:
+        self.trajectory.record(step, objective, learning_rate=self.stepper.rate)
+        self.problem.progress.update(step, objective)
+
+    def _failed(self, step: int, error: NotFinite | ModelError, indices: Tensor | None) -> bool:
+        if isinstance(error, NotFinite):
+            self.seeds.use(step)
+            error = NotFinite(error.what, first_bad_site(self.problem, self.stepper.values(None)[0], indices))
+        if not self.trajectory.rows or self.trajectory.rows[-1]["step"] != step:
+            self._record(step, math.nan)
+        self.stepper.restore()
+        self.watch.forget()
+        if not self.recovery.failed(step, error, self.stepper.rate):
+            return False
+        self.trajectory.status = "diverged"
+        return True
+
+    def _ended(self, trajectory: Trajectory) -> Trajectory:
+        diverged = trajectory.status == "diverged"
+        trajectory.message = self.recovery.ending if diverged else self.recovery.message
+        if self.noisy:
+            found = self.watch.best_values
+            trajectory.values = self.stepper.averaged_values() if found is None else found
+            finite = [r["objective"] for r in trajectory.rows if math.isfinite(r["objective"])]
+            trajectory.objective = finite[-1] if finite else -math.inf
+        trajectory.values = trajectory.values or dict(self.start)
+        return trajectory
+
+
+__all__ = ["ascend", "infer"]

@@ -1,7 +1,8 @@
 """Variational EM: coordinate ascent on the ELBO (Kim, Wiseman & Rush 2018, §4.1).
 
 E: every λ⁽ⁿ⁾ up the ELBO with θ held, `e_steps` updates. M: θ up the ELBO with λ held, `m_steps` updates. Where q holds
-the posterior and both phases run to their maximum this is EM.
+the posterior and both phases run to their maximum this is EM. A round whose objective or gradient is not finite is
+undone and tried again at half the rate (`recovery`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,22 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
-from lvmppl.algorithms.ascent import TAIL, Stopping, Trajectory, best_of, run_restarts
+from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
+from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
 from lvmppl.elbo import elbo, model_terms
+from lvmppl.errors import ModelError
 from lvmppl.fitted import Fit
 from lvmppl.options import VEMOptions
+
+WINDOW = 5  # rounds over which a noisy objective is averaged before the stopping rule looks at it
 
 
 def infer(problem: Problem, options: VEMOptions) -> Fit:
@@ -37,92 +44,172 @@ class _Alternation:
     def __init__(self, problem: Problem, options: VEMOptions, restart: int) -> None:
         assert problem.guided is not None
         self.problem, self.options, self.restart, self.joint = problem, options, restart, problem.guided
-        self.batches = Batches(problem, options.batch_size, restart)
+        self.watch = Watch(problem, options, WINDOW)
+        self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
         start = start_values(problem, options.init, restart, options.restarts)
         small = self.batches.size is not None
+        self.noisy = small or draws(problem)
+        structure = problem.guided.guide_structure
+        assert structure is not None
+        self.enumerated = not self.noisy and all(s.kind == "enumerated" for s in structure.sites.values())
+        check_line_search(problem, options, self.noisy)
         settings = (options.optimizer, options.rate, options.clip_norm, small)
         self.e_step = Stepper(problem, start, problem.free_lambda, *settings)
         self.m_step = Stepper(problem, start, problem.free_theta, *settings)
-        self.noisy = small or draws(problem)
         self.start, self.seeds = start, StepSeeds(problem, restart)
 
-    def values(self) -> dict[str, torch.Tensor]:
+    def values(self) -> dict[str, Tensor]:
         return {
             **self.m_step.full_values(),
             **{n: self.e_step.full_values()[n] for n in self.problem.lambda_},
         }
 
-    def averaged(self) -> dict[str, torch.Tensor]:
+    def averaged_values(self) -> dict[str, Tensor]:
         own = self.e_step.averaged_values()
         return {**self.m_step.averaged_values(), **{n: own[n] for n in self.problem.lambda_}}
 
+    def begin_average(self) -> None:
+        for stepper in (self.e_step, self.m_step):
+            stepper.average.begin(stepper.leaves)
+
+    def count_iterate(self) -> None:
+        for stepper in (self.e_step, self.m_step):
+            stepper.average.after_step(stepper.leaves)
+
+    def save(self) -> None:
+        self.e_step.save()
+        self.m_step.save()
+
+    def restore(self) -> None:
+        self.e_step.restore()
+        self.m_step.restore()
+        self.share()
+
+    def share(self) -> None:
+        """Each stepper sees where the other stands."""
+        own = self.e_step.full_values()
+        self.m_step.fixed.update({n: own[n] for n in self.problem.lambda_})
+        moved = self.m_step.full_values()
+        self.e_step.fixed.update({n: moved[n] for n in self.problem.theta})
+
     def objective(self) -> float:
         with torch.no_grad():
-            return float(
-                batch_elbo(self.problem, self.joint, self.values(), None, self.options.num_particles)
+            value = batch_elbo(
+                self.problem, self.joint, self.values(), self.watch.training, self.options.num_particles
             )
+        return float(value)
 
-    def run(self, step: int, decay: float) -> None:
+    def run(self, step: int, factor: float) -> None:
         """One E phase and one M phase."""
-        self._e_phase(step, decay)
-        self.m_step.fixed.update({n: self.e_step.full_values()[n] for n in self.problem.lambda_})
+        self._e_phase(step, factor)
+        self.share()
         if self.problem.free_theta:
-            self._phase(self.m_step, self.options.m_steps, step, 1, decay)
-        self.e_step.fixed.update({n: self.m_step.full_values()[n] for n in self.problem.theta})
+            self._phase(self.m_step, self.options.m_steps, step, 1, factor)
+        self.share()
 
-    def _e_phase(self, step: int, decay: float) -> None:
+    def _e_phase(self, step: int, factor: float) -> None:
         if not self.problem.free_lambda:
             return
-        if self.noisy:
-            self._phase(self.e_step, self.options.e_steps, step, 0, decay)
+        if not self.enumerated:
+            self._phase(self.e_step, self.options.e_steps, step, 0, factor)
             return
         # θ stands still and the guide's sites are enumerated: the model's factors do not move during the phase.
-        data, rows = self.problem.rows()
+        indices = self.watch.training
+        data, rows = self.problem.rows(indices)
         plate = self.problem.data_plate
         with torch.no_grad():
             first = self.joint.evaluate(data, self.e_step.values(None)[0], rows)
             terms = model_terms(first, plate)
-        for _ in range(self.options.e_steps):
-            values, _rows = self.e_step.values(None)
-            own = self.joint.evaluate_guide(data, values, rows)
-            self.e_step.update(elbo(own, plate, terms).total, {}, None, decay)
 
-    def _phase(self, stepper: Stepper, updates: int, step: int, phase: int, decay: float) -> None:
+        def objective() -> Tensor:
+            own = self.joint.evaluate_guide(data, self.e_step.values(None)[0], rows)
+            return elbo(own, plate, terms).total
+
+        for _ in range(self.options.e_steps):
+            self.e_step.update(objective(), {}, indices, factor, objective)
+
+    def _phase(self, stepper: Stepper, updates: int, step: int, phase: int, factor: float) -> None:
         for i in range(updates):
             self.seeds.use((2 * step + phase) * 1_000_000 + i)
             indices = self.batches.next()
             values, rows = stepper.values(indices)
-            value = batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
-            stepper.update(value, rows, indices, decay)
-            stepper.average.after_step(stepper.leaves)
+            value = self._elbo(values, indices)
+            again = None if self.noisy else lambda at=indices: self._elbo(stepper.values(at)[0], at)
+            stepper.update(value, rows, indices, factor, again)
+
+    def _elbo(self, values: dict[str, Tensor], indices: Tensor | None) -> Tensor:
+        return batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
 
 
 def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajectory:
     """One restart: E and M phases in turn until the stopping rule is met."""
-    trajectory = Trajectory(restart, "elbo")
+    trajectory, recovery = Trajectory(restart, "elbo"), Recovery()
     state = _Alternation(problem, options, restart)
-    stopping = Stopping(options.tolerance)
     tail = int((1 - TAIL) * options.max_steps)
     for step in range(options.max_steps + 1):
         state.seeds.use((2 * step) * 1_000_000 + 999_999)
-        objective = state.objective()
-        trajectory.record(step, objective)
-        problem.progress.update(step, objective)
-        if not math.isfinite(objective):
-            trajectory.status, trajectory.message = "diverged", f"the ELBO became {objective} at step {step}"
-            trajectory.values = trajectory.values or dict(state.start)
-            return trajectory
-        if not state.noisy and (objective > trajectory.objective or not trajectory.values):
-            trajectory.objective, trajectory.values = objective, state.values()
-        if stopping.met(objective):
-            trajectory.status = "converged"
-            break
-        if step == options.max_steps:
-            break
-        if state.noisy and step == tail:
-            state.e_step.average.begin(state.e_step.leaves)
-            state.m_step.average.begin(state.m_step.leaves)
-        state.run(step, 1 - step / options.max_steps)
+        if state.noisy and (step == tail or state.watch.opens(step, tail)):
+            state.begin_average()
+        try:
+            if _round(state, trajectory, recovery, step):
+                break
+        except (NotFinite, ModelError) as error:
+            if isinstance(error, ModelError) and step == 0:
+                raise
+            if _failed(state, trajectory, recovery, step, error):
+                break
+    diverged = trajectory.status == "diverged"
+    trajectory.message = recovery.ending if diverged else recovery.message
     if state.noisy:
-        trajectory.objective, trajectory.values = objective, state.averaged()
+        found = state.watch.best_values
+        trajectory.values = state.averaged_values() if found is None else found
+        finite = [r["objective"] for r in trajectory.rows if math.isfinite(r["objective"])]
+        trajectory.objective = finite[-1] if finite else -math.inf
+    trajectory.values = trajectory.values or dict(state.start)
     return trajectory
+
+
+def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step: int) -> bool:
+    """Look at the objective, then one E and one M phase; True when the fit is over."""
+    objective = state.objective()
+    if not math.isfinite(objective):
+        raise NotFinite("ELBO")
+    recovery.fine()
+    trajectory.record(step, objective, learning_rate=state.m_step.rate)
+    state.problem.progress.update(step, objective)
+    state.count_iterate()
+    if not state.noisy and (objective > trajectory.objective or not trajectory.values):
+        trajectory.objective, trajectory.values = objective, state.values()
+    if state.watch.met(step, objective, state.noisy, state):
+        trajectory.status = "converged"
+        return True
+    if step == state.options.max_steps:
+        return True
+    state.save()
+    state.run(step, rate_factor(state.options.rate_schedule, step / state.options.max_steps))
+    return False
+
+
+def _failed(
+    state: _Alternation,
+    trajectory: Trajectory,
+    recovery: Recovery,
+    step: int,
+    error: NotFinite | ModelError,
+) -> bool:
+    """Undo the round, halve the rates and say so; True when the fit must end."""
+    if isinstance(error, NotFinite):
+        state.share()
+        error = NotFinite(error.what, first_bad_site(state.problem, state.values(), None))
+    if not trajectory.rows or trajectory.rows[-1]["step"] != step:
+        trajectory.record(step, math.nan, learning_rate=state.m_step.rate)
+        state.problem.progress.update(step, math.nan)
+    state.restore()
+    state.watch.forget()
+    if not recovery.failed(step, error, state.m_step.rate):
+        return False
+    trajectory.status = "diverged"
+    return True
+
+
+__all__ = ["ascend", "infer"]
