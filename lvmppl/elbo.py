@@ -7,15 +7,18 @@ exactly first; continuous sites stand at one drawn value. 0 · (−∞) = 0 thro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lvmppl.density import Evaluation, Factor, Variable
+from lvmppl.density import Evaluation, Factor, Variable, chain_axes, time_axis
+from lvmppl.errors import IntractableError
 from lvmppl.exact.elimination import Term, eliminate, times
 from lvmppl.exact.named import Named, add, align, union
+
+MOVES = "·transition"  # what the name of a chain's transition factor ends in
 
 
 @dataclass(frozen=True)
@@ -31,15 +34,21 @@ class Bound:
 
 
 class GuideWeights:
-    """q's marginals over any few of its enumerated sites, from its log-factors."""
+    """q's marginals over any few of its enumerated sites, from its log-factors.
+
+    A chain z is independent of the other sites under q; its marginals are those of each step, u_t, and of each
+    neighbouring pair, u_{t,t+1}, by one forward pass.
+    """
 
     def __init__(
         self, factors: Sequence[Factor], variables: Mapping[str, Variable], names: frozenset[str]
     ) -> None:
-        self.own = {f.site: f for f in factors if f.site in names}
-        self.variables = {n: variables[n] for n in names}
-        self.names = names
+        self.chains = {n: variables[n] for n in sorted(names) if variables[n].steps is not None}
+        self.own = {f.site: f for f in factors if f.site.removesuffix(MOVES) in names}
+        self.variables = {n: variables[n] for n in names if n not in self.chains}
+        self.names = names - self.chains.keys()
         self._known: dict[frozenset[str], Named] = {}
+        self._steps: dict[str, tuple[Named, Named]] = {}
 
     def log_weights(self, names: frozenset[str], plate_sizes: Mapping[str, int]) -> Named:
         """log q over `names`, [names…, plates…]."""
@@ -62,25 +71,127 @@ class GuideWeights:
         kept = eliminate(plain, self.variables, plate_sizes, keep=names).kept
         return add([t.named for t in kept], plates)
 
+    def chain(self, name: str) -> tuple[Named, Named]:
+        """(u_t [time, z, plates…], u_{t,t+1} [step, from, to, plates…]) of a chain, 0 beyond its lengths."""
+        if name not in self._steps:
+            self._steps[name] = chain_marginals(self.own[name], self.own[f"{name}{MOVES}"], self.chains[name])
+        return self._steps[name]
+
+    def over(self, dims: Sequence[str], plate_sizes: Mapping[str, int]) -> list[Named]:
+        """q of what a log-factor with these axes depends on, as factors of a product whose axes are to be summed."""
+        parts = []
+        names = frozenset(d for d in dims if d in self.names)
+        if names:
+            log_q = self.log_weights(names, plate_sizes)
+            parts.append(Named(log_q.tensor.exp(), log_q.dims))
+        for name, variable in self.chains.items():
+            assert variable.steps is not None
+            step, before, _ = chain_axes(name, variable.steps)
+            if before in dims:
+                pairs = self.chain(name)[1]
+                parts.append(pairs if step in dims or step not in pairs.dims else summed(pairs, (step,)))
+            elif name in dims:
+                time, steps = time_axis(variable.steps), self.chain(name)[0]
+                parts.append(steps if time in dims else Named(steps.tensor[0], steps.dims[1:]))
+        return parts
+
+    def is_summed(self, dim: str) -> bool:
+        """Whether an axis belongs to q's sites (their states, the steps of a chain) rather than to a plate."""
+        if dim in self.names or dim in self.chains:
+            return True
+        return any(
+            dim in (*chain_axes(n, v.steps), time_axis(v.steps))
+            for n, v in self.chains.items()
+            if v.steps is not None
+        )
+
+
+def summed(named: Named, names: Sequence[str]) -> Named:
+    """The sum over the axes of these names."""
+    axes = [i for i, d in enumerate(named.dims) if d in names]
+    return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d not in names)) if axes else named
+
+
+def chain_marginals(initial: Factor, moves: Factor, variable: Variable) -> tuple[Named, Named]:
+    """u_1 = π, u_{t,t+1} = diag(u_t) P_t, u_{t+1} = u_{t,t+1}ᵀ 1 (0 beyond the lengths)."""
+    steps, name = variable.steps, variable.name
+    assert steps is not None
+    step, before, after = chain_axes(name, steps)
+    plates = tuple(
+        d
+        for d in union((initial.dims, moves.dims, variable.lengths_dims))
+        if d not in (name, step, before, after)
+    )
+    u = align(Named(initial.log_prob, initial.dims), (*plates, name)).exp()
+    table = align(Named(moves.log_prob, moves.dims), (*plates, step, before, after)).exp()
+    table = table.expand(*table.shape[:-2], variable.size, variable.size)
+    u = u.expand(*u.shape[:-1], variable.size)
+    valid = None
+    if variable.lengths is not None:
+        lengths = align(Named(variable.lengths, variable.lengths_dims), plates)
+        valid = lengths.unsqueeze(-1) > torch.arange(steps, device=lengths.device)  # [*plates, T]
+    single, pairs = [u], []
+    for t in range(steps - 1):
+        pair = u.unsqueeze(-1) * table[..., 0 if table.shape[-3] == 1 else t, :, :]
+        if valid is not None:
+            pair = pair * valid[..., t + 1, None, None]
+        u = pair.sum(-2)
+        single.append(u)
+        pairs.append(pair)
+    shape = torch.broadcast_shapes(*(s.shape for s in single))
+    stacked = torch.stack([s.expand(shape) for s in single])
+    joint = torch.stack(pairs) if pairs else stacked.new_zeros(0, *shape, variable.size)
+    return Named(stacked, (time_axis(steps), *plates, name)), Named(joint, (step, *plates, before, after))
+
 
 def model_terms(evaluation: Evaluation, data_plate: str | None) -> list[Term]:
     """log p as terms over the guide's enumerated sites, the model's other enumerated sites summed out, scales applied."""
     extra = set(evaluation.variables) - evaluation.guide_variables
     if not extra:
         return [_scaled(f) for f in evaluation.factors]
+    chains = {n for n in evaluation.guide_variables if evaluation.variables[n].steps is not None}
+    variables = {n: v for n, v in evaluation.variables.items() if n not in chains}
+    touched = [f for f in evaluation.factors if not chains or _depends_on(f, extra, evaluation.variables)]
+    terms = [_scaled(f) for f in evaluation.factors if not any(f is t for t in touched)]
+    _check_apart(touched, chains, evaluation.variables)
     done = eliminate(
-        evaluation.factors,
-        evaluation.variables,
+        touched,
+        variables,
         evaluation.plate_sizes,
         data_plate,
-        keep=evaluation.guide_variables,
+        keep=evaluation.guide_variables - chains,
     )
-    terms = list(done.kept)
+    terms.extend(done.kept)
     one = Named(torch.ones(()), ())
     if done.per_datum is not None and data_plate is not None:
         terms.append(Term(Named(done.per_datum, (data_plate,)), frozenset({data_plate}), one, absolute=True))
     terms.append(Term(Named(done.constant, ()), frozenset(), one, absolute=True))
     return terms
+
+
+def _axes(names: Iterable[str], variables: Mapping[str, Variable]) -> set[str]:
+    """The axes that sites of these names give a factor."""
+    found = set(names)
+    for name in names:
+        steps = variables[name].steps
+        if steps is not None:
+            found.update(chain_axes(name, steps)[1:])
+    return found
+
+
+def _depends_on(factor: Factor, names: Iterable[str], variables: Mapping[str, Variable]) -> bool:
+    return bool(_axes(names, variables) & set(factor.dims))
+
+
+def _check_apart(touched: Sequence[Factor], chains: set[str], variables: Mapping[str, Variable]) -> None:
+    for factor in touched:
+        if chains and _depends_on(factor, chains, variables):
+            raise IntractableError(
+                f"site '{factor.site}'",
+                "the guide's chains apart from the sites that it leaves out",
+                f"a factor over both ({', '.join(factor.dims)})",
+                "give the guide every site of this factor",
+            )
 
 
 def guide_terms(evaluation: Evaluation) -> list[Term]:
@@ -103,15 +214,19 @@ def elbo(evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] |
 
 
 def expectation(term: Named, weights: GuideWeights, plate_sizes: Mapping[str, int]) -> Named:
-    """E_q of a log-factor: Σ over the guide's enumerated sites in its axes."""
-    names = frozenset(d for d in term.dims if d in weights.names)
-    if not names:
+    """E_q of a log-factor: Σ over the guide's enumerated sites (and the steps of its chains) in its axes."""
+    parts = weights.over(term.dims, plate_sizes)
+    if not parts:
         return term
-    log_q = weights.log_weights(names, plate_sizes)
-    dims = union((sorted(names), term.dims, log_q.dims))
-    q, value = align(log_q, dims).exp(), align(term, dims)
+    own = union((*(p.dims for p in parts), term.dims))
+    inner = tuple(d for d in own if weights.is_summed(d))
+    dims = (*inner, *(d for d in own if d not in inner))
+    q = align(parts[0], dims)
+    for part in parts[1:]:
+        q = q * align(part, dims)
+    value = align(term, dims)
     product = q * torch.where(q == 0, torch.zeros((), dtype=value.dtype, device=value.device), value)
-    return Named(product.sum(tuple(range(len(names)))), dims[len(names) :])
+    return Named(product.sum(tuple(range(len(inner)))), dims[len(inner) :])
 
 
 def _accumulate(

@@ -16,7 +16,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.stepper import StepSeeds
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Values
-from lvmppl.elbo import elbo
+from lvmppl.elbo import MOVES, elbo
 from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.evaluation import ImproperPosterior
 from lvmppl.fitted import Fit, history_frame
@@ -119,7 +119,7 @@ def _bound(
     names = evaluation.guide_variables
     variational = None
     if names:
-        own = tuple(f for f in evaluation.guide_factors if f.site in names)
+        own = tuple(f for f in evaluation.guide_factors if f.site.removesuffix(MOVES) in names)
         variables = {n: v for n, v in evaluation.variables.items() if n in names}
         variational = Posterior(own, variables, evaluation.plate_sizes, problem.data_plate, "the guide")
     moments = {}
