@@ -16,8 +16,10 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 import lvmppl
+from lvmppl.algorithms.m_step import plan_m_step
 from lvmppl.algorithms.problem import build_problem
-from lvmppl.density import isolated
+from lvmppl.algorithms.start import start_values
+from lvmppl.density import isolated, unvalidated
 from lvmppl.models.hmm import hidden_markov
 from lvmppl.models.mixture import gaussian_mixture
 
@@ -112,3 +114,27 @@ def test_log_evidence_of_iris_equals_the_published_optimum(
     assert fit.status == "converged"
     assert fit.log_evidence == pytest.approx(optimum, abs=1e-3)
     assert count * np.log(150) - 2 * fit.log_evidence == pytest.approx(bic, abs=2e-3)
+
+
+def test_kmeans_start_of_a_chain_equals_the_means_of_its_clusters() -> None:
+    x = np.where(np.arange(9) % 4 < 2, 0.0, 7.0) + np.random.default_rng(1).normal(size=(6, 9))
+    x[:, 6:] = np.where(
+        np.arange(6)[:, None] % 2, x[:, 6:], 99.0
+    )  # beyond the length of every other sequence
+    data = {"x": torch.as_tensor(x), "lengths": torch.tensor([6, 9] * 3)}
+    model = functools.partial(hidden_markov, num_states=2, emission="gaussian")
+    problem = build_problem("start", model, data)
+    with isolated(dtype=torch.float64), unvalidated():
+        values = start_values(problem, "kmeans", 0, 1, plan_m_step(problem))
+    valid = np.arange(9) < np.array([6, 9] * 3)[:, None]
+    high = x > 3.5
+    r = 0.95 * high + 0.025  # of the upper cluster
+    means = sorted([(s * valid * np.where(valid, x, 0)).sum() / (s * valid).sum() for s in (1 - r, r)])
+    np.testing.assert_allclose(values["loc"].sort().values, means, rtol=1e-12)
+    first = [(1 - r[:, 0]).mean(), r[:, 0].mean()]
+    order = values["loc"].argsort()
+    np.testing.assert_allclose(values["initial"][order], first, rtol=1e-12)
+    s = np.stack([1 - r, r], -1)
+    pairs = np.einsum("nti,ntj,nt->ij", s[:, :-1], s[:, 1:], valid[:, 1:].astype(float))
+    expected = pairs / pairs.sum(1, keepdims=True)
+    np.testing.assert_allclose(values["transition"][order][:, order], expected, rtol=1e-12)

@@ -1,7 +1,8 @@
 """Where a fit starts: the model's own parameters, or one M-step from k-means or random responsibilities.
 
 `init: params` uses θ as the model (or `start_from`) gives it. `kmeans` and `random` give every enumerated site
-responsibilities r and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as `init` says, the others at random.
+responsibilities r (a chain at every step) and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as `init` says, the
+others at random.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from lvmppl.algorithms.expected import Weights, add_up, gradient_m_step
 from lvmppl.algorithms.m_step import Plan, solve_closed
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics
-from lvmppl.density import Evaluation, Rows, derive_seed
+from lvmppl.density import Evaluation, Rows, Variable, chain_axes, derive_seed, time_axis
 from lvmppl.errors import InputError
 from lvmppl.exact.named import Named, align
+from lvmppl.exponential import TRANSITION
 
 _START_STEPS = 50  # L-BFGS iterations of the M-step that turns responsibilities into parameters
 
@@ -78,34 +80,64 @@ def _weights_of(
     evaluation: Evaluation,
     problem: Problem,
     rows: Rows,
-    labels: dict[int, Tensor] | None,
+    labels: dict[str, Tensor] | None,
     begin: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
     tables: dict[str, Named] = {}
+    chains: dict[str, Named] = {}
     like = evaluation.factors[0].log_prob
     for name, variable in evaluation.variables.items():
-        dims = (name, *variable.plates)
-        shape = [variable.size, *(evaluation.plate_sizes[p] for p in variable.plates)]
-        if labels is not None and variable.plates == (problem.data_plate,):
-            hot = torch.nn.functional.one_hot(
-                labels[variable.size][begin : begin + rows.size], variable.size
-            ).T
+        time = () if variable.steps is None else (time_axis(variable.steps),)
+        dims = (name, *variable.plates, *time)
+        if labels is not None and name in labels:
+            own = labels[name][begin : begin + rows.size]
+            hot = torch.nn.functional.one_hot(own, variable.size).movedim(-1, 0)
             table = 0.95 * hot.to(like) + 0.05 / variable.size
         else:
             # A random datum is attached to each state by a nearly one-hot draw; a flat Dirichlet would start all equal.
+            shape = [variable.size, *(evaluation.plate_sizes[d] for d in dims[1:])]
             gamma = -torch.log(torch.rand(shape, generator=generator, dtype=torch.float64)).to(like)
             gamma = gamma.pow(4)
             table = gamma / gamma.sum(0)
         tables[name] = Named(table, dims)
+        if variable.steps is not None:
+            tables[name] = _within_lengths(tables[name], variable)
+            chains.update(_chain_weights(tables[name], variable.steps))
     weights = {}
     for factor in evaluation.factors:
         weight = torch.ones_like(factor.log_prob)
+        own_axes: set[str] = set()
+        if factor.site in chains:
+            chain = chains[factor.site]
+            own_axes = set(chain.dims)
+            weight = weight * align(_summed_to(chain, factor.dims), factor.dims)
         for dim in factor.dims:
-            if dim in tables:
+            if dim in tables and dim not in own_axes:
                 weight = weight * align(_summed_to(tables[dim], factor.dims), factor.dims)
         weights[factor.site] = weight
     return weights
+
+
+def _within_lengths(named: Named, variable: Variable) -> Named:
+    """The responsibilities of a chain's steps, 0 beyond the lengths."""
+    if variable.lengths is None or variable.steps is None:
+        return named
+    valid = torch.arange(variable.steps) < variable.lengths.unsqueeze(-1)
+    return Named(
+        named.tensor * align(Named(valid, (*variable.lengths_dims, named.dims[-1])), named.dims), named.dims
+    )
+
+
+def _chain_weights(table: Named, steps: int) -> dict[str, Named]:
+    """Of the first state, and of consecutive pairs as if independent, from those of each step [K, *plates, T]."""
+    r, name, plates = table.tensor, table.dims[0], table.dims[1:-1]
+    step, before, after = chain_axes(name, steps)
+    pairs = r[:, None, ..., :-1] * r[None, :, ..., 1:]
+    return {
+        name: Named(r[..., 0], (name, *plates)),
+        name + TRANSITION: Named(pairs, (before, after, *plates, step)),
+    }
 
 
 def _summed_to(named: Named, dims: Sequence[str]) -> Named:
@@ -116,26 +148,49 @@ def _summed_to(named: Named, dims: Sequence[str]) -> Named:
     return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d in dims))
 
 
-def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[int, Tensor]:
-    """k-means labels of the rows for every number of states that occurs, on all floating data, standardised."""
+def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
+    """k-means labels for every site with a state a row, and every chain with a state a row and step.
+
+    On all floating data (all data where none is), standardised; of a chain on what has an axis of its steps.
+    """
+    with torch.no_grad():
+        evaluation = problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows))
+    found: dict[tuple[int, int | None], Tensor] = {}
+    labels: dict[str, Tensor] = {}
+    for name, variable in evaluation.variables.items():
+        if variable.plates != (problem.data_plate,):
+            continue
+        key = (variable.size, variable.steps)
+        if key not in found:
+            own = _cluster(problem, variable, generator)
+            if own is None:
+                continue
+            found[key] = own
+        labels[name] = found[key]
+    return labels
+
+
+def _cluster(problem: Problem, variable: Variable, generator: torch.Generator) -> Tensor | None:
+    """[N], or [N, T] of a chain; None where the data have no such rows, or too few."""
     from sklearn.cluster import KMeans
 
-    parts = [t.reshape(len(t), -1).double() for t in problem.data.values() if t.is_floating_point()]
-    if not parts:
-        parts = [t.reshape(len(t), -1).double() for t in problem.data.values()]
-    features = torch.cat(parts, 1)
-    features = (features - features.mean(0)) / features.std(0, unbiased=False).clamp_min(1e-12)
-    structure = problem.model.structure
-    sizes: dict[int, Tensor] = {}
-    evaluation = (
-        problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows))
-        if structure.enumerated
-        else None
-    )
-    for variable in evaluation.variables.values() if evaluation else ():
-        if variable.size in sizes or variable.size > problem.num_rows:
-            continue
-        seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        labels = KMeans(variable.size, n_init=1, random_state=seed).fit_predict(features.numpy())
-        sizes[variable.size] = torch.as_tensor(labels, dtype=torch.long)
-    return sizes
+    axes = 1 if variable.steps is None else 2
+    fitting = [
+        t for t in problem.data.values() if axes == 1 or (t.dim() > 1 and t.shape[1] == variable.steps)
+    ]
+    fitting = [t for t in fitting if t.is_floating_point()] or fitting
+    if not fitting:
+        return None
+    features = torch.cat([t.reshape(*t.shape[:axes], -1).double() for t in fitting], -1)
+    valid = torch.ones(features.shape[:-1], dtype=torch.bool)
+    if variable.steps is not None and variable.lengths is not None:
+        valid &= torch.arange(variable.steps) < variable.lengths.reshape(-1, 1)
+    rows = features[valid]
+    if variable.size > len(rows):
+        return None
+    rows = (rows - rows.mean(0)) / rows.std(0, unbiased=False).clamp_min(1e-12)
+    seed = int(torch.randint(2**31 - 1, (), generator=generator))
+    found = KMeans(variable.size, n_init=1, random_state=seed).fit_predict(rows.numpy())
+    labels = torch.zeros(valid.shape, dtype=torch.long)
+    labels[valid] = torch.as_tensor(found, dtype=torch.long)
+    return labels
