@@ -304,8 +304,11 @@ def read(view: SiteView, kind: str | None = None) -> Reading | None:
     axes = {axis - event_rank: name for axis, name in view.axis_names.items()}
     axes.update({-i: f"·{i}" for i in range(1, event_rank + 1)})
     fields, value, shape = family.fields(fn), view.value, tuple(fn.batch_shape)
-    if event_rank and view.observed and shape[-event_rank] in view.steps:  # its steps are those of a chain
-        axes[-event_rank] = time_axis(shape[-event_rank])
+    if event_rank and view.observed:
+        at = event_rank + len(fn.event_shape)
+        first = max(shape[-event_rank], value.shape[-at] if value.dim() >= at else 1)
+        if first in view.steps:  # its steps are those of a chain
+            axes[-event_rank] = time_axis(first)
     wanted, kind = kind, family.kind
     if kind == "mvn" and wanted != "mvn":
         flat = _diagonal(fields)

@@ -16,6 +16,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
+from lvmppl.distributions import MarkovChain
+from lvmppl.models.hmm import hidden_markov
+from lvmppl.models.mixture import gaussian_mixture
+
 ENUMERATE = {"enumerate": "parallel"}
 
 
@@ -332,6 +336,47 @@ def left_to_right(x: Tensor) -> None:
             probs = torch.tensor([0.6, 0.3, 0.1]).double() if t == 0 else transition[z]
             z = pyro.sample(f"z{t}", dist.Categorical(probs), infer=ENUMERATE)
             pyro.sample(f"x{t}", dist.Categorical(emission[z]), obs=x[:, t])
+
+
+def ragged() -> dict[str, Tensor]:
+    x = normal(7, 6, seed=33) + 4 * torch.tensor([0, 0, 1, 1, 0, 1]).double()
+    return {"x": x, "lengths": torch.tensor([6, 4, 1, 5, 6, 2, 3])}
+
+
+@case(ragged, "initial transition loc variance", steps=8)
+def chain_of_normals(x: Tensor, lengths: Tensor) -> None:
+    hidden_markov(x, lengths, num_states=3, emission="gaussian")
+
+
+@case(ragged, "initial transition rate", steps=8)
+def chain_of_counts(x: Tensor, lengths: Tensor) -> None:
+    hidden_markov(x.abs().round(), lengths, num_states=2, emission="poisson")
+
+
+@case(ragged, "start moves loc scale", steps=8)
+def chain_of_logits_with_a_table_a_step(x: Tensor, lengths: Tensor) -> None:
+    """Moves that change over time, from logits; one scale for all states and steps."""
+    start = pyro.param("start", lambda: normal(2, seed=34))
+    moves = pyro.param("moves", lambda: normal(5, 2, 2, seed=35))
+    loc = pyro.param("loc", torch.tensor([0.5, 3.0], dtype=torch.float64))
+    scale = pyro.param("scale", torch.tensor(1.5, dtype=torch.float64), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", MarkovChain.from_logits(start, moves, 6, lengths), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z], scale).to_event(1), obs=x)
+
+
+@case(blobs, "weights loc scale")
+def one_location_for_all_features(x: Tensor) -> None:
+    mixing, loc = weights(2), pyro.param("loc", lambda: normal(2, seed=36))
+    scale = pyro.param("scale", torch.tensor(2.5, dtype=torch.float64), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z].unsqueeze(-1).expand(*z.shape, 3), scale).to_event(1), obs=x)
+
+
+@case(blobs, "weights loc covariance")
+def shipped_mixture_tied(x: Tensor) -> None:
+    gaussian_mixture(x, num_components=3, covariance="tied")
 
 
 # ------------------------------------------------------------------------------------------------------ gradient

@@ -180,9 +180,10 @@ def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
 
 
 def reference_of(reading: Reading) -> tuple[Named, Named]:
-    """(mean, variance) of the data of a normal or mvn site, over all but its event axes."""
+    """(mean, variance) of the data of a normal or mvn site, over all but the event axes along which its fields vary."""
     (x,) = reading.statistics()
-    dims = tuple(d for d in x.dims if d[1:].isdigit() and d[0] == "·") + ((ROW,) if ROW in x.dims else ())
+    varying = keep_dims(reading)
+    dims = tuple(d for d in x.dims if (d in varying and _is_event(d)) or d == ROW)
     axes = [i for i, d in enumerate(x.dims) if d not in dims]
     mean = x.tensor.mean(axes) if axes else x.tensor
     variance = x.tensor.var(axes, correction=0) if axes else torch.zeros_like(x.tensor)
