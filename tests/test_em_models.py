@@ -32,6 +32,32 @@ def test_parameters_are_closed_form_exactly_where_q_has_one(case: Case) -> None:
     assert all(why for _, _, why in steps)
 
 
+@pytest.mark.parametrize(
+    ("name", "parameter", "why"),
+    [
+        ("markov", "transition", "probabilities of 5 sites, 'z1' … 'z5'"),
+        ("poisson_and_normal", "variance", "variance of 'y'"),
+        ("poisson_and_normal", "rate", "rate of 'x'"),
+        ("waiting_times", "mean", "mean of 'c'"),
+        ("spelled_in_logarithms", "log_variance", "log variance of 'x'"),
+        ("tied_precision_matrix", "precision", "precision matrix of 'x'"),
+        ("shared_between_sites", "loc", "location of 'x' and 'y'"),
+        ("chain_of_normals", "transition", "probabilities of 'z·transition'"),
+        ("mixture_of_regressions", "slope", "loc of 'x' is computed from it, not looked up"),
+        ("also_in_a_factor", "rate", "enters 'penalty' (Unit), which has no closed form"),
+        (
+            "in_two_fields",
+            "rate",
+            "is used in two ways: rate of 'x' (rate or precision) and loc of 'y' (location)",
+        ),
+    ],
+)
+def test_reason_of_an_update_equals_what_the_model_says(name: str, parameter: str, why: str) -> None:
+    with isolated(0, torch.float64):
+        reasons = {p: reason for p, _, reason in describe_m_step(problem_of(CASES[name]))}
+    assert reasons[parameter] == why
+
+
 @ALL
 def test_em_never_decreases_log_evidence(case: Case) -> None:
     fit = lvmppl.fit(case.model, case.data(), algorithm="em", max_steps=case.steps, tolerance=0)

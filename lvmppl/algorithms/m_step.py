@@ -224,8 +224,18 @@ class _Rules:
             return MStep(name, how, self.why[name])
         if how == "fixed":
             return MStep(name, how, "frozen" if name in self.problem.frozen else "no site depends on it")
-        where = ", ".join(dict.fromkeys(f"{w.field} of '{w.site}'" for w in self.ways[name]))
-        return MStep(name, how, f"{self.ways[name][0].spelling}: {where}")
+        return MStep(name, how, _in_words(self.ways[name]))
+
+
+def _in_words(ways: list[Way]) -> str:
+    """What a parameter is of which sites: `variance of 'x'`; a long list of sites by its first and last."""
+    first = ways[0]
+    rate, _, precision = first.spelling.partition(" or ")
+    what = precision if precision and first.field == "precision" else rate
+    sites = list(dict.fromkeys(f"'{w.site}'" for w in ways))
+    if len(sites) > 3:
+        return f"{what} of {len(sites)} sites, {sites[0]} … {sites[-1]}"
+    return f"{what} of {' and '.join(sites)}"
 
 
 def working_dtype(problem: Problem) -> torch.dtype:
