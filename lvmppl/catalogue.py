@@ -40,6 +40,23 @@ GUIDES: dict[str, tuple[str, str]] = {
         "lvmppl.guides.categorical:categorical_encoder",
         "state probabilities from a network of the datum (amortized)",
     ),
+    "variational": (
+        "lvmppl.guides.variational:variational",
+        "any head (normal, gamma, chain, …) with any source (table, mlp, gru, bag_of_words)",
+    ),
+    "mean_field": (
+        "lvmppl.guides.variational:mean_field",
+        "a λ per datum in a table; the head of each site by its support",
+    ),
+    "amortized": (
+        "lvmppl.guides.variational:amortized",
+        "λ from an encoder network of the datum; the head of each site by its support",
+    ),
+    "point": ("lvmppl.guides.variational:point", "one value a continuous latent (MAP), a row a datum"),
+    "flow": (
+        "lvmppl.guides.variational:flow",
+        "a normalizing flow a continuous latent (extra `flows`)",
+    ),
     "auto_delta": ("pyro.infer.autoguide:AutoDelta", "a point at each continuous latent (MAP)"),
     "auto_diagonal_normal": (
         "pyro.infer.autoguide:AutoDiagonalNormal",

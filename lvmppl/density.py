@@ -489,10 +489,8 @@ def discover(
     """
     total = num_rows(data)
     if program.module is not None:
-        with (
-            poutine.block(),
-            torch.no_grad(),
-        ):  # modules may build themselves at the first call, as autoguides do
+        # modules may build themselves at the first call, as autoguides do
+        with poutine.block(), torch.no_grad(), pyro.get_param_store().scope():
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = _Discovery(weights)
@@ -518,6 +516,12 @@ def discover(
     for name, (constraint, event_dim, start, frames) in found.found.items():
         parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
     return Structure(parameters, sites, sizes, axes, nesting, plate, total)
+
+
+def describe(model: Callable[..., Any], data: Values) -> Structure:
+    """The structure of a model for a guide that is built from it, hidden from the handlers around this call."""
+    with poutine.block(), torch.no_grad():
+        return discover(Program(model, "model"), data)
 
 
 def _parameter_spec(
@@ -963,6 +967,7 @@ def build_guide(
     Autoguides are blind to enumerated sites, which are summed exactly, and get `create_plates` so that the data plate
     takes the size of the rows handed in.
     """
+    build: Any = factory
     if isinstance(factory, type) and issubclass(factory, AutoGuide):
         if not any(s.kind == "latent" for s in structure.sites.values()):
             raise ModelError(
@@ -971,13 +976,15 @@ def build_guide(
                 f"only enumerated ones ({', '.join(structure.enumerated)})",
                 "use a guide over them, such as `categorical`",
             )
-        blind: Any = factory
-        autoguide: Any = blind(poutine.block(model, hide=list(structure.enumerated)), **args)
+        autoguide: Any = build(poutine.block(model, hide=list(structure.enumerated)), **args)
         if getattr(autoguide, "create_plates", None) is None:  # not every one takes it in its constructor
             autoguide.create_plates = _data_plates(structure)
         result: Callable[..., Any] = autoguide
         return result
-    guide: Callable[..., Any] = factory(model, **args)
+    guide: Callable[..., Any] = build(model, **args)
+    take = getattr(guide, "use_structure", None)
+    if take is not None:
+        take(structure)
     return guide
 
 
@@ -1007,6 +1014,7 @@ __all__ = [
     "Variable",
     "build_guide",
     "derive_seed",
+    "describe",
     "discover",
     "isolated",
     "num_rows",

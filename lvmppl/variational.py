@@ -1,0 +1,214 @@
+"""Any head with any source: a guide for a model, q(z; λ) = Π_sites q_site(z_site; λ_site).
+
+The sites, their supports and their plates are read from the model, so one guide serves every model. A site inside the
+data plate takes its λ⁽ⁿ⁾ from the source; one outside has a single λ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+from torch import Tensor, nn
+
+from lvmppl.density import SiteInfo, Structure, describe
+from lvmppl.errors import InputError
+from lvmppl.heads import Head, Output, build_head
+from lvmppl.sources import SOURCES, Encoder, SourceSettings
+
+Model = Callable[..., Any]
+HeadSpec = str | Mapping[str, Any]
+Heads = HeadSpec | Mapping[str, HeadSpec] | None
+
+
+@dataclass(frozen=True)
+class _Latent:
+    """A site of the guide: its head, and the axis and size of each plate it stands in."""
+
+    site: SiteInfo
+    head: Head
+    plates: Mapping[str, tuple[int, int]]  # (axis, size when all rows are handed in)
+    data_plate: str | None
+
+    @property
+    def local(self) -> bool:
+        return self.data_plate in self.plates
+
+    def batch_shape(self, rows: int) -> list[int]:
+        """The axes of its plates, the data plate with the rows handed in."""
+        shape = [1] * max((-axis for axis, _ in self.plates.values()), default=0)
+        for name, (axis, size) in self.plates.items():
+            shape[axis] = rows if name == self.data_plate else size
+        return shape
+
+    @property
+    def inner(self) -> list[int]:
+        """The batch axes other than the data plate's."""
+        axis = self.plates[str(self.data_plate)][0]
+        shape = self.batch_shape(0)
+        return [size for i, size in enumerate(shape) if i - len(shape) != axis]
+
+    def placed(self, value: Tensor) -> Tensor:
+        """[B, *inner, *event] with the rows moved to the axis of the data plate."""
+        axis = self.plates[str(self.data_plate)][0]
+        return value.movedim(0, len(self.inner) + 1 + axis)
+
+
+class Variational(nn.Module):
+    """A variational family for a model, from heads and a source.
+
+    head: a name of `lvmppl.heads.HEADS` for every site, or by site a name or {use: name, setting: value}; sites that are
+    not named get the default of their support. source: a name of `lvmppl.sources.SOURCES` for the sites in the data
+    plate. only: the sites of q by a predicate (the others must be enumerated by the model, or q is refused).
+
+    λ of a table is `<site>_<output>`, with the data plate's rows where the site stands in it.
+
+    Raises:
+        InputError: a head that does not serve its site, a source that cannot read the data; at the first call.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        head: Heads = None,
+        source: str = "table",
+        settings: SourceSettings | None = None,
+        only: Callable[[SiteInfo], bool] | None = None,
+    ) -> None:
+        super().__init__()
+        check_source(source)
+        self._model = [model]  # in a list, so that a module model does not become part of the guide
+        self._head, self._source, self._only = head, source, only
+        self._settings = settings or SourceSettings()
+        self._structure: Structure | None = None
+        self._latents: dict[str, _Latent] = {}
+        self.encoder: Encoder | None = None
+        self.heads = nn.ModuleDict()
+
+    def use_structure(self, structure: Structure) -> None:
+        """The model's sites and plates, where they are known already."""
+        self._structure = structure
+
+    def forward(self, **data: Tensor) -> None:
+        if not self._latents:
+            self._prepare(data)
+        rows = len(next(iter(data.values())))
+        local = self._encoded(data)
+        plates: dict[str, Any] = {}
+        for name, latent in self._latents.items():
+            with ExitStack() as stack:
+                for plate, (axis, size) in latent.plates.items():
+                    if plate not in plates:
+                        own = rows if plate == latent.data_plate else size
+                        plates[plate] = pyro.plate(plate, own, dim=axis)
+                    stack.enter_context(plates[plate])
+                outputs = {o.name: self._value(latent, o, rows, local) for o in latent.head.outputs}
+                infer: Any = {"enumerate": "parallel"} if latent.head.enumerated else {}
+                pyro.sample(name, latent.head.distribution(outputs, data), infer=infer)
+
+    def _value(self, latent: _Latent, output: Output, rows: int, local: Mapping[str, Tensor]) -> Tensor:
+        """One output of one site, constrained, with the axes of its plates."""
+        key = _key(latent.site.name, output)
+        if key in local:
+            return output.constrained(latent.placed(local[key]))
+        result: Tensor = pyro.param(
+            f"{latent.site.name}_{output.name}",
+            lambda: output.start(latent.batch_shape(rows)),
+            constraint=output.constraint,
+            event_dim=len(output.shape),
+        )
+        return result
+
+    def _encoded(self, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self.encoder is None:
+            return {}
+        wanted = {k: (o, latent.inner) for k, latent, o in self._encodable()}
+        result: dict[str, Tensor] = self.encoder(data, wanted)
+        return result
+
+    def _encodable(self) -> Iterator[tuple[str, _Latent, Output]]:
+        for name, latent in self._latents.items():
+            if latent.local:
+                for output in latent.head.outputs:
+                    yield _key(name, output), latent, output
+
+    def _prepare(self, data: Mapping[str, Tensor]) -> None:
+        """Read the model's sites, choose their heads and build the networks, on the first rows."""
+        structure = self._structure or describe(self._model[0], data)
+        named = _by_site(self._head, structure)
+        latents = {}
+        for name in structure.latents:
+            site = structure.sites[name]
+            if self._only is not None and not self._only(site):
+                continue
+            use, settings = named.get(name, (None, {}))
+            head = build_head(site, use, settings)
+            if head is not None:
+                plates = {p: (structure.plate_axes[p], structure.plates[p]) for p in site.plates}
+                latents[name] = _Latent(site, head, plates, structure.data_plate)
+        if not latents:
+            found = ", ".join(
+                f"{s.name} ({s.family})" for s in structure.sites.values() if s.kind != "observed"
+            )
+            raise InputError("guide", "a latent site of the model that it serves", found or "no latent site")
+        self._latents = latents
+        for name, latent in latents.items():
+            if latent.head.module is not None:
+                self.heads[name.replace(".", "_")] = latent.head.module
+        if self._source != "table":
+            self._build_encoder(data)
+
+    def _build_encoder(self, data: Mapping[str, Tensor]) -> None:
+        encodable = list(self._encodable())
+        if not encodable:
+            raise InputError(
+                f"guide, source {self._source}",
+                "a latent site in the data plate",
+                f"only global sites ({', '.join(self._latents)})",
+                "use source: table",
+            )
+        encoder = Encoder(self._source, data, self._settings)
+        for key, latent, output in encodable:
+            encoder.add(key, output, latent.inner, data)
+        self.encoder = encoder
+
+
+def check_source(source: str) -> None:
+    """Raises InputError for a source that does not exist."""
+    if source not in SOURCES:
+        raise InputError("guide, source", f"one of {', '.join(SOURCES)}", repr(source))
+
+
+def widths(hidden: Sequence[int]) -> tuple[int, ...]:
+    """Layer widths, checked."""
+    if any(not isinstance(width, int) or isinstance(width, bool) or width < 1 for width in hidden):
+        raise InputError("guide, hidden", "a list of positive layer widths", str(list(hidden)))
+    return tuple(hidden)
+
+
+def _by_site(heads: Heads, structure: Structure) -> dict[str, tuple[str | None, dict[str, Any]]]:
+    """(head name, settings) by site, from any of the spellings of `head`."""
+    if heads is None:
+        return {}
+    if isinstance(heads, str) or "use" in heads:
+        return {name: _one(heads, f"site '{name}'") for name in structure.latents}
+    unknown = [n for n in heads if n not in structure.latents]
+    if unknown:
+        expected = f"latent sites of the model ({', '.join(structure.latents)})"
+        raise InputError("guide, head", expected, ", ".join(map(str, unknown)))
+    return {name: _one(spec, f"site '{name}'") for name, spec in heads.items()}
+
+
+def _one(spec: Any, where: str) -> tuple[str | None, dict[str, Any]]:
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and isinstance(spec.get("use"), str):
+        return spec["use"], {k: v for k, v in spec.items() if k != "use"}
+    raise InputError(f"guide, head of {where}", "a name, or {use: NAME, setting: value}", repr(spec))
+
+
+def _key(site: str, output: Output) -> str:
+    return f"{site}_{output.name}".replace(".", "_")

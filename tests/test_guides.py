@@ -1,0 +1,274 @@
+"""Any head with any source: exact where the family holds the posterior, minibatches unbiased, new rows served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import lvmppl
+from lvmppl.algorithms.heldout import score_rows
+from lvmppl.algorithms.problem import Problem, build_problem
+from lvmppl.algorithms.stepper import Stepper, batch_elbo
+from lvmppl.density import isolated
+from lvmppl.elbo import elbo
+from lvmppl.errors import InputError
+from lvmppl.guides.variational import point, variational
+from lvmppl.heads import DEFAULT_HEADS, HEADS
+from lvmppl.sources import GRU, MLP, BagOfWords, SourceSettings
+
+F64 = torch.float64
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+def local(prior: Callable[[], Any], likelihood: Callable[[Tensor], Any]) -> Callable[..., None]:
+    """One latent z and one observation x a datum."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample(
+                "z", prior(), infer={"enumerate": "parallel"} if prior().support.is_discrete else {}
+            )
+            pyro.sample("x", likelihood(z), obs=x)
+
+    return model
+
+
+MODELS: dict[str, Callable[..., None]] = {
+    "binary": local(lambda: dist.Bernoulli(tensor(0.3)[0]), lambda z: dist.Normal(z, 1.0)),
+    "finite": local(
+        lambda: dist.Categorical(tensor(0.3, 0.2, 0.5)), lambda z: dist.Normal(tensor(0, 1, 2)[z], 1.0)
+    ),
+    "one_hot": local(
+        lambda: dist.OneHotCategorical(tensor(0.3, 0.2, 0.5)), lambda z: dist.Normal(z @ tensor(0, 1, 2), 1.0)
+    ),
+    "real": local(lambda: dist.Normal(tensor(0, 1), 1.0).to_event(1), lambda z: dist.Normal(z.sum(-1), 1.0)),
+    "positive": local(lambda: dist.Gamma(2.0, 2.0), lambda z: dist.Normal(z, 1.0)),
+    "unit_interval": local(lambda: dist.Beta(2.0, 3.0), lambda z: dist.Normal(z, 1.0)),
+    "simplex": local(
+        lambda: dist.Dirichlet(tensor(2, 1, 1)), lambda z: dist.Normal(z @ tensor(0, 1, 2), 1.0)
+    ),
+    "other": local(lambda: dist.Uniform(tensor(1), tensor(4)), lambda z: dist.Normal(z, 1.0)),
+}
+
+
+def guided(model: Callable[..., None], data: Mapping[str, Tensor], **args: Any) -> Problem:
+    """A problem whose guide is `variational` with these arguments."""
+    return build_problem("fit", model, data, guide=variational, guide_takes_model=True, guide_args=args)
+
+
+def rows(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", [k for k in DEFAULT_HEADS if k != "chain"])
+def test_default_head_of_a_support_is_one_that_serves_it(kind: str) -> None:
+    with isolated(0, F64):
+        problem = guided(MODELS[kind], {"x": rows(1, 5)})
+    assert kind in HEADS[DEFAULT_HEADS[kind]].supports
+    assert problem.guided is not None and problem.guided.guide_structure is not None
+    assert list(problem.guided.guide_structure.sites) == ["z"]
+    assert all(problem.guided.specs[n].is_table for n in problem.lambda_)
+
+
+@pytest.mark.parametrize("kind", ["finite", "binary"])
+@pytest.mark.parametrize("source", ["table", "mlp"])
+def test_mean_of_minibatch_elbos_equals_full_elbo(kind: str, source: str) -> None:
+    """Over all batches of a partition into equal parts; the λ of rows is the same in every batch."""
+    with isolated(0, F64):
+        problem = guided(MODELS[kind], {"x": rows(1, 6)}, source=source, hidden=[4])
+        assert problem.guided is not None
+        values = {
+            n: torch.softmax(rows(3, *v.shape), -1) if source == "table" else v
+            for n, v in problem.initial.items()
+        }
+        full = batch_elbo(problem, problem.guided, values, None)
+        parts = [
+            batch_elbo(problem, problem.guided, values, torch.tensor(i)) for i in ([4, 1], [0, 5], [3, 2])
+        ]
+    torch.testing.assert_close(torch.stack(parts).mean(), full, rtol=1e-12, atol=0)
+
+
+def test_elbo_of_normal_head_equals_closed_form_on_average() -> None:
+    """E_q log p(x, z) − E_q log q of z ~ N(0, 1), x ~ N(z, 1) at m, s, by hand, against the mean of 4000 draws."""
+    x, m, s = rows(1, 3), tensor(0.3, -0.2, 1.0), tensor(0.7, 0.5, 1.3)
+    with isolated(0, F64):
+        model = local(lambda: dist.Normal(tensor(0)[0], 1.0), lambda z: dist.Normal(z, 1.0))
+        problem = guided(model, {"x": x})
+        assert problem.guided is not None
+        values = {"z_loc": m, "z_scale": s}
+        drawn = [elbo(problem.guided.evaluate({"x": x}, values), "data").total for _ in range(2000)]
+    log_2pi = torch.log(torch.tensor(2 * torch.pi, dtype=F64))
+    prior = -0.5 * (log_2pi + m**2 + s**2)
+    likelihood = -0.5 * (log_2pi + (x - m) ** 2 + s**2)
+    expected = (prior + likelihood + 0.5 * (log_2pi + 1) + s.log()).sum()
+    spread = torch.stack(drawn).std() / 2000**0.5
+    assert abs(torch.stack(drawn).mean() - expected) < 4 * spread
+
+
+def test_point_head_finds_the_mode_in_closed_form() -> None:
+    x = rows(1, 4)
+    model = local(lambda: dist.Normal(tensor(1)[0], 2.0), lambda z: dist.Normal(z, 0.5))
+    fit = lvmppl.fit(model, {"x": x}, algorithm="svi", guide=point, max_steps=800, learning_rate=0.1)
+    mode = (1 / 4 + x / 0.25) / (1 / 4 + 1 / 0.25)
+    torch.testing.assert_close(fit.guide_parameters["z_point"], mode, rtol=0, atol=1e-3)
+
+
+def test_encoder_serves_rows_it_has_not_seen() -> None:
+    """The score of rows under an encoder is their own ELBO at its λ, computed by hand; nothing is optimised."""
+    with isolated(0, F64):
+        problem = guided(MODELS["finite"], {"x": rows(1, 6)}, source="mlp", hidden=[4])
+    fit = lvmppl.fit(
+        MODELS["finite"],
+        {"x": rows(1, 6)},
+        algorithm="svi",
+        guide=lambda model: variational(model, source="mlp", hidden=[4]),
+        max_steps=3,
+    )
+    new = rows(2, 5)
+    with isolated(0, F64):
+        evidence, bound = score_rows(problem, fit, MODELS["finite"], {"x": new})
+        weights = {n: v for n, v in fit.guide_parameters.items()}
+        seen = rows(1, 6)
+        hidden = torch.tanh(
+            ((new - seen.mean()) / seen.std(unbiased=False)).unsqueeze(-1)
+            @ weights["guide.encoder.trunk.layers.0.weight"].T
+            + weights["guide.encoder.trunk.layers.0.bias"]
+        )
+        logits = (
+            hidden @ weights["guide.encoder.readouts.z_probs.weight"].T
+            + weights["guide.encoder.readouts.z_probs.bias"]
+        )
+        q = torch.softmax(logits, -1)
+    joint = tensor(0.3, 0.2, 0.5).log() + dist.Normal(tensor(0, 1, 2), 1.0).log_prob(new.unsqueeze(-1))
+    assert bound == pytest.approx(float((q * (joint - q.log())).sum()), rel=1e-10)
+    assert evidence == pytest.approx(float(torch.logsumexp(joint, -1).sum()), rel=1e-10)
+
+
+def test_table_is_optimised_for_new_rows_with_theta_held() -> None:
+    """A table over the states holds the posterior: the score of new rows reaches their log evidence."""
+    with isolated(0, F64):
+        problem = guided(MODELS["finite"], {"x": rows(1, 6)})
+    fit = lvmppl.fit(MODELS["finite"], {"x": rows(1, 6)}, algorithm="svi", guide=variational, max_steps=3)
+    with isolated(0, F64):
+        evidence, bound = score_rows(problem, fit, MODELS["finite"], {"x": rows(2, 5)})
+    assert bound == pytest.approx(evidence, abs=1e-4)
+
+
+class _Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inplace = getattr(func, "_schema", None) is not None and func._schema.name.endswith("_")
+        for out in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(out, Tensor) and not inplace and out._base is None:
+                self.numel = max(self.numel, out.numel())
+        return result
+
+
+def test_step_on_a_table_of_a_million_rows_makes_no_tensor_of_that_size() -> None:
+    size, batch = 1_000_000, torch.tensor([5, 999_999, 17])
+    model = local(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
+    x = torch.zeros(size, dtype=torch.float32)
+    with isolated(0, torch.float32):
+        problem = guided(model, {"x": x})
+        assert problem.guided is not None
+        stepper = Stepper(problem, problem.initial, problem.free_lambda, "adam", 0.1, None, True)
+        before = stepper.leaves["z_scale"].clone()
+        with _Largest() as largest:
+            values, own = stepper.values(batch)
+            stepper.update(batch_elbo(problem, problem.guided, values, batch), own, batch, 1.0)
+    assert 0 < largest.numel <= 100
+    moved = (stepper.leaves["z_scale"] != before).nonzero().flatten()
+    assert moved.tolist() == sorted(batch.tolist())
+
+
+def test_bag_of_words_counts_tokens_within_the_lengths() -> None:
+    tokens, lengths = torch.tensor([[0, 2, 2, 1], [3, 3, 0, 0]]), torch.tensor([3, 1])
+    data = {"x": tokens, "lengths": lengths}
+    with isolated(0, F64):
+        trunk = BagOfWords(data, SourceSettings(hidden=()))
+        counts = trunk(data).rows.expm1()
+    torch.testing.assert_close(counts, torch.tensor([[1.0, 0, 2, 0], [0, 0, 0, 1]], dtype=F64))
+
+
+def test_gru_reads_each_sequence_as_if_it_were_alone() -> None:
+    """Against torch's own nn.GRU on the sequence cut to its length; what stands beyond is not read."""
+    x, lengths = rows(1, 3, 5, 2), torch.tensor([4, 5, 2])
+    with isolated(0, F64):
+        trunk = GRU({"x": x, "lengths": lengths}, SourceSettings(hidden=(4,)))
+        features = trunk({"x": x, "lengths": lengths})
+        for n, length in enumerate(lengths.tolist()):
+            own = (x[n : n + 1, :length] - trunk.get_buffer("centre")) / trunk.get_buffer("spread")
+            steps, last = trunk.cell(own)
+            torch.testing.assert_close(features.steps[n, :length], steps[0], rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(features.rows[n], last[:, 0].reshape(-1), rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_reaches_every_weight_of_a_gru_encoder() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(tensor(0.4, 0.6)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(rows(2, 2, 3)[z], 1.0).to_event(1), obs=x)
+
+    with isolated(0, F64):
+        problem = guided(model, {"x": rows(1, 4, 3)}, source="gru", hidden=[3])
+        assert problem.guided is not None
+        values = {n: v.clone().requires_grad_() for n, v in problem.initial.items()}
+        batch_elbo(problem, problem.guided, values, None).backward()
+    assert len(values) == 10 and all(v.grad is not None and bool(v.grad.any()) for v in values.values())
+
+
+def test_mlp_standardises_with_the_first_rows() -> None:
+    with isolated(0, F64):
+        trunk = MLP({"x": tensor(1, 3)}, SourceSettings(hidden=()))
+        torch.testing.assert_close(trunk({"x": tensor(5)}).rows, tensor(3).reshape(1, 1))
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "continuous head on states": (
+        "finite",
+        {"head": "normal"},
+        "normal, which is for real numbers.*use categ",
+    ),
+    "discrete head on numbers": ("real", {"head": "categorical"}, "for real numbers.*use normal, low_rank"),
+    "head that does not exist": ("real", {"head": "gausian"}, "one of categorical, .*'gausian'"),
+    "beta on real": ("real", {"head": {"z": "beta"}}, "beta, which is for numbers between 0 and 1"),
+    "head of a stranger": ("real", {"head": {"w": "normal"}}, r"latent sites of the model \(z\), got w"),
+    "unknown setting": ("real", {"head": {"use": "full", "rank": 2}}, "full: expected no settings, got rank"),
+    "unknown source": ("real", {"source": "cnn"}, "one of table, mlp, gru, bag_of_words, got 'cnn'"),
+    "bag of numbers": ("real", {"source": "bag_of_words"}, "integer tokens.*inputs:"),
+    "no such input": ("real", {"source": "mlp", "inputs": ["y"]}, "no y in x"),
+    "width": ("real", {"source": "mlp", "hidden": [0]}, "positive layer widths"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_pair_that_does_not_fit_says_why(case: str) -> None:
+    kind, args, message = WRONG[case]
+    with isolated(0, F64), pytest.raises(InputError, match=message):
+        guided(MODELS[kind], {"x": rows(1, 5)}, **args)
+
+
+def test_encoder_without_a_site_in_the_data_plate_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with isolated(0, F64), pytest.raises(InputError, match=r"only global sites \(z\); use source: table"):
+        guided(model, {"x": rows(1, 5)}, source="mlp")
