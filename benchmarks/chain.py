@@ -120,7 +120,8 @@ def compare(args: argparse.Namespace) -> None:
         mine = f"ours {name.split()[1]}"
         ratio = statistics.median(seconds[mine]) / statistics.median(runs)
         print(
-            f"{name:18s} median {1e3 * statistics.median(runs):8.1f} ms   least {1e3 * min(runs):8.1f} ms   ours/this {ratio:.3f}"
+            f"{name:18s} median {1e3 * statistics.median(runs):8.1f} ms   least {1e3 * min(runs):8.1f} ms"
+            f"   ours/this {ratio:.3f}"
         )
 
 

@@ -226,7 +226,10 @@ def log_joint(
     states: Tensor,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """log p̃(z) of states [..., B, T] under each chain: [..., B] nats, differentiable; states beyond a length count for nothing."""
+    """log p̃(z) of states [..., B, T] under each chain: [..., B] nats, differentiable.
+
+    States beyond a length count for nothing.
+    """
     return _log_joint(_chain(log_initial, log_transition, log_likelihood, lengths), states)
 
 
