@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lvmppl.density import SiteInfo, Structure, describe
 from lvmppl.errors import InputError
-from lvmppl.heads import Head, Output, build_head
+from lvmppl.heads import HEADS, Head, Output, build_head, support_words
 from lvmppl.sources import SOURCES, Encoder, SourceSettings
 
 Model = Callable[..., Any]
@@ -212,3 +212,19 @@ def _one(spec: Any, where: str) -> tuple[str | None, dict[str, Any]]:
 
 def _key(site: str, output: Output) -> str:
     return f"{site}_{output.name}".replace(".", "_")
+
+
+def pairs() -> list[tuple[str, str, str]]:
+    """(head, source, how the gradient of λ comes about) of everything that goes together."""
+    return [(h, s, kind.gradient) for h, kind in HEADS.items() if kind.build is not None for s in SOURCES]
+
+
+def pairs_table() -> str:
+    """The table of pairs in Markdown: a row a head, a column a source."""
+    valid = {(head, source): gradient for head, source, gradient in pairs()}
+    titles = ["head", "q", "serves", *SOURCES]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    for head, kind in HEADS.items():
+        cells = [valid.get((head, source), "no λ") for source in SOURCES]
+        lines.append(f"| {' | '.join([f'`{head}`', kind.text, support_words(kind.supports), *cells])} |")
+    return "\n".join(lines) + "\n"
