@@ -43,6 +43,24 @@ def amortized(
     return variational(model, head, source, hidden)
 
 
+def semi_amortized(
+    model: Model,
+    head: Heads = None,
+    source: str = "mlp",
+    hidden: Sequence[int] = (32,),
+    steps: int = 5,
+    rate: float = 0.1,
+    through: bool = True,
+) -> Variational:
+    """An encoder, then a few steps of ascent on each datum's own ELBO (Kim et al. 2018).
+
+    steps, rate: their number and size in unconstrained coordinates. through: whether the gradient of the encoder runs
+    through the steps.
+    """
+    settings = SourceSettings(widths(hidden))
+    return Variational(model, head, source, settings, refine_steps=steps, refine_rate=rate, through=through)
+
+
 def point(model: Model) -> Variational:
     """One value a continuous site (MAP); enumerated sites are summed exactly."""
     return Variational(model, "point", only=lambda site: site.kind == "latent")

@@ -52,6 +52,10 @@ GUIDES: dict[str, tuple[str, str]] = {
         "lvmppl.guides.variational:amortized",
         "λ from an encoder network of the datum; the head of each site by its support",
     ),
+    "semi_amortized": (
+        "lvmppl.guides.variational:semi_amortized",
+        "an encoder, then a few steps up each datum's own ELBO",
+    ),
     "point": ("lvmppl.guides.variational:point", "one value a continuous latent (MAP), a row a datum"),
     "flow": (
         "lvmppl.guides.variational:flow",

@@ -2,12 +2,17 @@
 
 The sites, their supports and their plates are read from the model, so one guide serves every model. A site inside the
 data plate takes its λ⁽ⁿ⁾ from the source; one outside has a single λ.
+
+Semi-amortized inference (Kim et al. 2018): an encoder's λ⁽ⁿ⁾, then a few steps of gradient ascent on the ELBO of its own
+datum. The steps need the ELBO, which a guide does not know: `refine_steps`, `refine_rate`, `through`, `local` and
+`holding` are what the algorithms need to take them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +68,8 @@ class Variational(nn.Module):
     head: a name of `lvmppl.heads.HEADS` for every site, or by site a name or {use: name, setting: value}; sites that are
     not named get the default of their support. source: a name of `lvmppl.sources.SOURCES` for the sites in the data
     plate. only: the sites of q by a predicate (the others must be enumerated by the model, or q is refused).
+    refine_steps: steps of ascent from an encoder's λ, 0 for none; refine_rate: their size; through: whether the gradient
+    of the encoder runs through them.
 
     λ of a table is `<site>_<output>`, with the data plate's rows where the site stands in it.
 
@@ -77,9 +84,12 @@ class Variational(nn.Module):
         source: str = "table",
         settings: SourceSettings | None = None,
         only: Callable[[SiteInfo], bool] | None = None,
+        refine_steps: int = 0,
+        refine_rate: float = 0.1,
+        through: bool = False,
     ) -> None:
         super().__init__()
-        check_source(source)
+        check_source(source, refine_steps, refine_rate)
         self._model = [model]  # in a list, so that a module model does not become part of the guide
         self._head, self._source, self._only = head, source, only
         self._settings = settings or SourceSettings()
@@ -87,16 +97,28 @@ class Variational(nn.Module):
         self._latents: dict[str, _Latent] = {}
         self.encoder: Encoder | None = None
         self.heads = nn.ModuleDict()
+        self.local: Mapping[str, Tensor] = {}
+        self._held: Mapping[str, Tensor] | None = None
+        self.refine_steps, self.refine_rate, self.through = refine_steps, refine_rate, through
 
     def use_structure(self, structure: Structure) -> None:
         """The model's sites and plates, where they are known already."""
         self._structure = structure
 
+    @contextmanager
+    def holding(self, local: Mapping[str, Tensor]) -> Iterator[None]:
+        """Within the block an encoder's unconstrained λ is what is given here."""
+        self._held = local
+        try:
+            yield
+        finally:
+            self._held = None
+
     def forward(self, **data: Tensor) -> None:
         if not self._latents:
             self._prepare(data)
         rows = len(next(iter(data.values())))
-        local = self._encoded(data)
+        local = self.local = self._encoded(data) if self._held is None else self._held
         plates: dict[str, Any] = {}
         for name, latent in self._latents.items():
             with ExitStack() as stack:
@@ -176,10 +198,17 @@ class Variational(nn.Module):
         self.encoder = encoder
 
 
-def check_source(source: str) -> None:
-    """Raises InputError for a source that does not exist."""
+def check_source(source: str, refine_steps: int, refine_rate: float) -> None:
+    """Raises InputError for a source that does not exist, or one that cannot be refined."""
     if source not in SOURCES:
         raise InputError("guide, source", f"one of {', '.join(SOURCES)}", repr(source))
+    if refine_steps < 0:
+        raise InputError("guide, steps", "a number of at least 0", str(refine_steps))
+    if refine_steps and source == "table":
+        fix = "use an encoder such as source: mlp, or leave the steps out"
+        raise InputError("guide, steps", "an encoder whose λ is refined", "source table", fix)
+    if refine_steps and not (refine_rate > 0 and math.isfinite(refine_rate)):
+        raise InputError("guide, rate", "a positive number", str(refine_rate))
 
 
 def widths(hidden: Sequence[int]) -> tuple[int, ...]:

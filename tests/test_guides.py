@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from lvmppl.algorithms.stepper import Stepper, batch_elbo
 from lvmppl.density import isolated
 from lvmppl.elbo import elbo
 from lvmppl.errors import InputError
-from lvmppl.guides.variational import point, variational
+from lvmppl.guides.variational import point, semi_amortized, variational
 from lvmppl.heads import DEFAULT_HEADS, HEADS
 from lvmppl.sources import GRU, MLP, BagOfWords, SourceSettings
 
@@ -164,6 +165,62 @@ def test_table_is_optimised_for_new_rows_with_theta_held() -> None:
     assert bound == pytest.approx(evidence, abs=1e-4)
 
 
+def refined(through: bool, steps: int, x: Tensor) -> tuple[Problem, dict[str, Tensor], Tensor]:
+    """A semi-amortized problem with a linear encoder on x, its leaves and its λ_0."""
+    args = {"source": "mlp", "hidden": [], "steps": steps, "rate": 0.3, "through": through}
+    problem = build_problem(
+        "fit", MODELS["finite"], {"x": x}, guide=semi_amortized, guide_takes_model=True, guide_args=args
+    )
+    values = {n: v.clone().requires_grad_() for n, v in problem.initial.items()}
+    inputs = ((x - x.mean()) / x.std(unbiased=False)).unsqueeze(-1)
+    weight, bias = (values[f"guide.encoder.readouts.z_probs.{n}"] for n in ("weight", "bias"))
+    return problem, values, inputs @ weight.T + bias
+
+
+@pytest.mark.parametrize("through", [False, True])
+def test_semi_amortized_gradient_equals_steps_by_hand(through: bool) -> None:
+    """Two steps on each datum's ELBO Σ_k q_k (log p(x, k) − log q_k), written out, in a batch of half the rows."""
+    x = rows(1, 6)
+    with isolated(0, F64):
+        problem, values, start = refined(through, 2, x)
+        assert problem.guided is not None
+        batch = torch.tensor([4, 0, 3])
+        value = batch_elbo(problem, problem.guided, values, batch)
+        weights = [v for n, v in values.items() if n.endswith("weight")]
+        gradient = torch.autograd.grad(value, weights, retain_graph=True)[0]
+        joint = tensor(0.3, 0.2, 0.5).log() + dist.Normal(tensor(0, 1, 2), 1.0).log_prob(x.unsqueeze(-1))
+
+        def bound(logits: Tensor) -> Tensor:
+            q = torch.softmax(logits, -1)
+            return (q * (joint - q.log())).sum(-1)
+
+        logits = start
+        for _ in range(2):
+            at = logits if through else logits.detach().requires_grad_()
+            (move,) = torch.autograd.grad(bound(at).sum(), at, create_graph=through)
+            logits = logits + 0.3 * move
+        expected = 2 * bound(logits)[batch].sum()
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradient, torch.autograd.grad(expected, weights)[0], rtol=1e-8, atol=1e-12)
+
+
+def test_semi_amortized_steps_raise_the_elbo_of_new_rows() -> None:
+    x, new = rows(1, 6), rows(2, 5)
+    bounds = []
+    for steps in (0, 3):
+        guide = functools.partial(_semi, steps=steps)
+        fit = lvmppl.fit(MODELS["finite"], {"x": x}, algorithm="svi", guide=guide, max_steps=1)
+        with isolated(0, F64):
+            problem, _, _ = refined(False, steps, x)
+            evidence, bound = score_rows(problem, fit, MODELS["finite"], {"x": new})
+        bounds.append(bound)
+    assert bounds[0] + 1e-3 < bounds[1] < evidence
+
+
+def _semi(model: Any, steps: int) -> Any:
+    return semi_amortized(model, hidden=[], steps=steps, rate=0.3, through=False)
+
+
 class _Largest(TorchDispatchMode):
     """The largest tensor that any operation makes."""
 
@@ -262,6 +319,11 @@ def test_pair_that_does_not_fit_says_why(case: str) -> None:
     kind, args, message = WRONG[case]
     with isolated(0, F64), pytest.raises(InputError, match=message):
         guided(MODELS[kind], {"x": rows(1, 5)}, **args)
+
+
+def test_table_is_not_refined() -> None:
+    with pytest.raises(InputError, match="an encoder whose λ is refined, got source table"):
+        semi_amortized(MODELS["real"], source="table")
 
 
 def test_encoder_without_a_site_in_the_data_plate_is_refused() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.density import Joint, Program, Rows, Structure, Values, build_guide, discover, num_rows
 from lvmppl.errors import InputError, IntractableError, ModelError
 
@@ -115,7 +116,8 @@ def build_problem(
         guide_program = Program(built, "guide")
         guide_structure = discover(guide_program, data, model=structure)
         check_guide(structure, guide_structure)
-        guided = Joint(program, structure, guide_program, guide_structure)
+        kind = RefinedJoint if getattr(built, "refine_steps", 0) else Joint
+        guided = kind(program, structure, guide_program, guide_structure)
         for key, spec in guide_structure.parameters.items():
             initial.setdefault(key, spec.initial)
     for key, value in (start or {}).items():
