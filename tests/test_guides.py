@@ -22,6 +22,7 @@ from lvmppl.elbo import elbo
 from lvmppl.errors import InputError
 from lvmppl.guides.variational import point, semi_amortized, variational
 from lvmppl.heads import DEFAULT_HEADS, HEADS
+from lvmppl.models.hmm import hidden_markov
 from lvmppl.sources import GRU, MLP, BagOfWords, SourceSettings
 
 F64 = torch.float64
@@ -163,6 +164,32 @@ def test_table_is_optimised_for_new_rows_with_theta_held() -> None:
     with isolated(0, F64):
         evidence, bound = score_rows(problem, fit, MODELS["finite"], {"x": rows(2, 5)})
     assert bound == pytest.approx(evidence, abs=1e-4)
+
+
+def test_chain_head_reaches_the_evidence_and_independent_steps_do_not() -> None:
+    """A hidden Markov model with θ held and ragged sequences: the posterior is a chain, and its steps are dependent."""
+    x, lengths = torch.tensor([[0, 1, 1, 0, 2], [2, 2, 0, 1, 0], [1, 0, 0, 0, 0]]), torch.tensor([5, 4, 1])
+    model = functools.partial(hidden_markov, num_states=2)
+    fits = {
+        head: lvmppl.fit(
+            model,
+            {"x": x, "lengths": lengths},
+            algorithm="svi",
+            guide=functools.partial(_with_head, head=head),
+            freeze=["initial", "transition", "emission"],
+            learning_rate=0.2,
+            max_steps=300,
+        )
+        for head in ("chain", "independent_categoricals")
+    }
+    evidence = fits["chain"].log_evidence
+    assert fits["chain"].log_evidence_kind == "exact"
+    assert fits["chain"].elbo == pytest.approx(evidence, abs=1e-4)
+    assert fits["independent_categoricals"].elbo < evidence - 0.05
+
+
+def _with_head(model: Any, head: str) -> Any:
+    return variational(model, head)
 
 
 def refined(through: bool, steps: int, x: Tensor) -> tuple[Problem, dict[str, Tensor], Tensor]:
