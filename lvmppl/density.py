@@ -213,6 +213,8 @@ class Program:
         self.function = function
         self.role = role
         self.module = function if isinstance(function, nn.Module) else None
+        for part in self.module.modules() if self.module is not None else ():
+            _keep_own_parameters(part)
 
     def weights(self) -> dict[str, nn.Parameter]:
         """The module's own nn.Parameters (PyroParams excepted: those come as parameter statements)."""
@@ -243,6 +245,13 @@ class Program:
         return (
             name[len(prefix) :] for name in values if name.startswith(prefix) and name[len(prefix) :] in own
         )
+
+
+def _keep_own_parameters(module: nn.Module) -> None:
+    """A PyroModule that was built with Pyro's global parameter store in mind announces its parameters without it."""
+    context = getattr(module, "_pyro_context", None)
+    if context is not None and not hasattr(context, "param_state"):
+        context.param_state = {"params": {}, "constraints": {}}
 
 
 def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -> ModelError:
@@ -315,7 +324,10 @@ class _Discovery(Messenger):
             raise TypeError(f"pyro.param('{name}') starts from a {type(start).__name__}, not a tensor")
         start = start.detach().clone()
         _check_start(name, constraint, start)
-        self.found[name] = (constraint, msg["kwargs"].get("event_dim"), start, tuple(msg["cond_indep_stack"]))
+        event_dim = msg["kwargs"].get("event_dim")
+        # A PyroParam is stated wherever it is looked up; without an event_dim it is no table of the plates around.
+        frames = () if len(msg["args"]) == 1 and event_dim is None else tuple(msg["cond_indep_stack"])
+        self.found[name] = (constraint, event_dim, start, frames)
         msg["value"], msg["done"] = start, True
 
 
@@ -976,7 +988,8 @@ def build_guide(
                 f"only enumerated ones ({', '.join(structure.enumerated)})",
                 "use a guide over them, such as `categorical`",
             )
-        autoguide: Any = build(poutine.block(model, hide=list(structure.enumerated)), **args)
+        blind: Any = factory
+        autoguide: Any = blind(_prototype(model, structure), **args)
         if getattr(autoguide, "create_plates", None) is None:  # not every one takes it in its constructor
             autoguide.create_plates = _data_plates(structure)
         result: Callable[..., Any] = autoguide
@@ -986,6 +999,20 @@ def build_guide(
     if take is not None:
         take(structure)
     return guide
+
+
+def _prototype(model: Callable[..., Any], structure: Structure) -> Callable[..., Any]:
+    """The model as an autoguide looks at it: without enumerated sites, its parameters at their start.
+
+    An autoguide is a module with parameters of its own, and refuses those that the model states inside it.
+    """
+    start = {name: spec.initial for name, spec in structure.parameters.items()}
+
+    def prototype(**data: Tensor) -> None:
+        with _Parameters(start, structure.parameters, Rows(structure.num_rows), structure.data_plate):
+            poutine.block(model, hide=list(structure.enumerated))(**data)
+
+    return prototype
 
 
 def _data_plates(structure: Structure) -> Callable[..., list[Any]]:

@@ -53,8 +53,8 @@ class MarkovChain(TorchDistribution):
         if check:
             _check_weights("initial", initial)
             _check_weights("transition", transition)
-        logs = tuple(_safe_log(p / p.sum(-1, keepdim=True)) for p in (initial, transition))
-        self._set(*logs, num_steps, lengths, validate_args)
+        log_initial, log_transition = (_safe_log(p / p.sum(-1, keepdim=True)) for p in (initial, transition))
+        self._set(log_initial, log_transition, num_steps, lengths, validate_args)
 
     @classmethod
     def from_logits(
@@ -71,8 +71,8 @@ class MarkovChain(TorchDistribution):
             _check_logits("initial_logits", initial_logits)
             _check_logits("transition_logits", transition_logits)
         chain = cls.__new__(cls)
-        logs = (torch.log_softmax(logits, -1) for logits in (initial_logits, transition_logits))
-        chain._set(*logs, num_steps, lengths, validate_args)
+        log_initial, log_transition = (torch.log_softmax(w, -1) for w in (initial_logits, transition_logits))
+        chain._set(log_initial, log_transition, num_steps, lengths, validate_args)
         return chain
 
     def _set(
@@ -150,7 +150,7 @@ class MarkovChain(TorchDistribution):
         return constraints.independent(constraints.integer_interval(0, self.states - 1), 1)
 
     def expand(self, batch_shape: Sequence[int], _instance: MarkovChain | None = None) -> MarkovChain:
-        new = self._get_checked_instance(MarkovChain, _instance)
+        new: MarkovChain = self._get_checked_instance(MarkovChain, _instance)  # type: ignore[no-untyped-call]
         torch.broadcast_shapes(self.batch_shape, tuple(batch_shape))
         for name in ("states", "num_steps", "_log_initial", "_log_transition", "_lengths"):
             setattr(new, name, getattr(self, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDiagonalNormal, AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -313,3 +315,53 @@ def raises(x: Tensor) -> str:
 def test_guide_that_does_not_match_is_refused_with_the_site(x: Tensor, guide: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=guide.__doc__):
         lvmppl.fit(continuous, {"x": x}, algorithm="svi", guide=guide, max_steps=2)
+
+
+class _Emission(PyroModule):  # type: ignore[misc]
+    """A mixture whose weights are a PyroParam, read inside the plate, and whose means come from a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(2, 1).double()
+        self.weights = PyroParam(
+            torch.tensor([0.3, 0.7], dtype=torch.float64), constraint=constraints.simplex
+        )
+
+    def forward(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
+            loc = self.net(torch.nn.functional.one_hot(z, 2).double()).squeeze(-1)
+            pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
+
+
+def test_pyro_module_built_outside_gives_its_posterior_and_keeps_its_tensors(x: Tensor) -> None:
+    module, rows = _Emission(), x[:, 0]
+    before = {name: value.clone() for name, value in module.named_parameters()}
+    found = lvmppl.posterior(module, {"x": rows})
+    with torch.no_grad():
+        loc = module.net(torch.eye(2, dtype=torch.float64)).squeeze(-1)
+        joint = (
+            dist.Normal(loc, 1.0).log_prob(rows[:, None])
+            + torch.tensor([0.3, 0.7], dtype=torch.float64).log()
+        )
+    assert found.log_evidence == pytest.approx(float(joint.logsumexp(-1).sum()), rel=1e-10)
+    torch.testing.assert_close(found.marginal("z").probs, joint.softmax(-1), rtol=1e-10, atol=1e-12)
+    fit = lvmppl.fit(module, {"x": rows}, algorithm="em", max_steps=5)
+    assert fit.log_evidence > found.log_evidence
+    assert {"weights", "model.net.weight", "model.net.bias"} == set(fit.parameters)
+    assert all(torch.equal(value, before[name]) for name, value in module.named_parameters())
+    assert not dict(pyro.get_param_store())
+
+
+def _known_location(x: Tensor) -> None:
+    scale = pyro.param("scale", torch.tensor(2.0, dtype=torch.float64), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0))
+        pyro.sample("x", dist.Normal(z, scale), obs=x)
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal])
+def test_autoguide_serves_a_model_with_parameters(x: Tensor, guide: Callable[..., Any]) -> None:
+    fit = lvmppl.fit(_known_location, {"x": x[:, 0]}, "svi", guide=guide, max_steps=3, learning_rate=0.1)
+    assert float(fit.parameters["scale"]) != 2.0
+    assert math.isfinite(fit.elbo)

@@ -317,13 +317,14 @@ def _looked_up(site: ClosedSite, reading: Reading, values: Values, led: bool) ->
     lone = tuple(d for d in labels.dims if d not in shared)
     grid = align(table, (*rest, *shared, CATEGORY))
     index = align(Named(labels.tensor.long(), labels.dims), (*shared, *lone))
-    where = []
+    where: list[Tensor] = []
     for axis in range(len(shared)):
         view = [1] * index.dim()
         view[axis] = index.shape[axis]
         where.append(torch.arange(index.shape[axis]).reshape(view))
     if shared:
-        picked = grid[(..., *where, index)]
+        slots: list[slice | Tensor] = [slice(None)] * len(rest)
+        picked = grid[(*slots, *where, index)]
     else:
         picked = grid.index_select(-1, index.flatten()).reshape(*grid.shape[:-1], *index.shape)
     dims = (*rest, *shared, *lone)
@@ -387,7 +388,8 @@ def _sharpest(site: ClosedSite, values: Values) -> Tensor:
     if site.kind == "normal":
         return site.field("precision", values).tensor.max()
     smallest = torch.linalg.eigvalsh(site.field("covariance", values).tensor).min()
-    return 1 / smallest.clamp_min(torch.finfo(smallest.dtype).tiny)
+    sharpest: Tensor = 1 / smallest.clamp_min(torch.finfo(smallest.dtype).tiny)
+    return sharpest
 
 
 def _unled(named: Named) -> Named:

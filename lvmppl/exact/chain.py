@@ -43,7 +43,7 @@ def log_partition(
     Raises InputError for shapes or lengths that do not fit.
     """
     chain = _chain(log_initial, log_transition, log_likelihood, lengths)
-    result: Tensor = _LogPartition.apply(
+    result: Tensor = _LogPartition.apply(  # type: ignore[no-untyped-call]
         chain.log_initial, chain.log_transition, chain.log_likelihood, chain.lengths
     )
     return result
@@ -143,7 +143,7 @@ class ChainPosterior:
         """
         steps = self.unary.shape[1]
         single = torch.special.entr(self.unary).sum(-1)  # [B, T]
-        total = single[:, 0].double()
+        total: Tensor = single[:, 0].double()
         for t in range(steps - 1):
             pair = torch.special.entr(self._pair(t)).sum((-2, -1))
             runs = torch.ones_like(pair, dtype=torch.bool)

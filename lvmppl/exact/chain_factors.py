@@ -47,13 +47,21 @@ class Chain:
 
     def double(self) -> Chain:
         """The same chain in float64."""
-        tensors = (self.log_initial, self.log_transition, self.log_likelihood)
-        return Chain(*(t.double() for t in tensors), lengths=self.lengths)
+        return Chain(
+            self.log_initial.double(),
+            self.log_transition.double(),
+            self.log_likelihood.double(),
+            self.lengths,
+        )
 
     def detach(self) -> Chain:
         """The same chain outside of autograd."""
-        tensors = (self.log_initial, self.log_transition, self.log_likelihood)
-        return Chain(*(t.detach() for t in tensors), lengths=self.lengths)
+        return Chain(
+            self.log_initial.detach(),
+            self.log_transition.detach(),
+            self.log_likelihood.detach(),
+            self.lengths,
+        )
 
     def valid(self) -> Tensor | None:
         """[T, B]: which steps lie within their sequence; None when all do."""

@@ -158,7 +158,8 @@ class Scaled:
         below = self.norm.double().log().sum((0, 2)) + self.last.double().log()
         tolerance = torch.finfo(self.likelihood.dtype).eps * (len(self.active) + 16)
         agree = (above - below).abs() <= tolerance
-        return agree & (self.norm.amin((0, 2)) > self.tiny ** (1.0 / 3.0))
+        certified: Tensor = agree & (self.norm.amin((0, 2)) > self.tiny ** (1.0 / 3.0))
+        return certified
 
     def _finish(self, forgetful: bool) -> None:
         """Fold c into ℓ̃, and leave nothing of sequences that are impossible or uncertified."""

@@ -40,7 +40,7 @@ class Sweep:
             wide = log_evidence.dtype == torch.float64
             self.again = Logarithmic(part) if wide else Sweep(part.double())
             log_evidence[self.rows] = self.again.log_evidence.to(log_evidence.dtype)
-        self.log_evidence = self._restored(log_evidence, 0)  # [B] nats
+        self.log_evidence: Tensor = self._restored(log_evidence, 0)  # [B] nats
 
     def _restored(self, tensor: Tensor, axis: int) -> Tensor:
         """`tensor` with the sequences along `axis` in the caller's order."""

@@ -192,7 +192,8 @@ def _bfgs(inverse: Tensor, step: Tensor, change: Tensor, bend: Tensor) -> Tensor
 def _distance(scale: Tensor, difference: Tensor) -> Tensor:
     """|A⁻¹(z − c)|: ``[..., N]``."""
     white: Tensor = torch.linalg.solve(scale, difference.unsqueeze(-1))
-    return white.squeeze(-1).norm(dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(white.squeeze(-1), dim=-1)
+    return distance
 
 
 def _distinct(
