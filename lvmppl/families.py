@@ -7,6 +7,8 @@ its gradient is 0. Every other family keeps its own `log_prob`. Axes along which
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -63,10 +65,35 @@ def _log_table(fn: torch.distributions.Categorical) -> Tensor:
 
 def _unexpanded(tensor: Tensor, event_dim: int) -> Tensor:
     """Narrow batch axes of stride 0 to size 1: a plate repeats a distribution, it does not make new ones."""
-    for axis in range(tensor.dim() - event_dim):
-        if tensor.shape[axis] > 1 and tensor.stride(axis) == 0:
-            tensor = tensor.narrow(axis, 0, 1)
+    axes = [a for a in range(tensor.dim() - event_dim) if tensor.shape[a] > 1 and tensor.stride(a) == 0]
+    if not axes:
+        return tensor
+    if tensor.requires_grad and torch.is_grad_enabled():
+        narrow: Tensor = _Narrowed.apply(tensor, axes)  # type: ignore[no-untyped-call]
+        return narrow
+    return _first_of(tensor, axes)
+
+
+def _first_of(tensor: Tensor, axes: Sequence[int]) -> Tensor:
+    for axis in axes:
+        tensor = tensor.narrow(axis, 0, 1)
     return tensor
+
+
+class _Narrowed(torch.autograd.Function):
+    """The first entry of repeated axes. Its gradient is spread evenly over them, and never takes their size: the plain
+    gradient of `narrow` fills the whole broadcast with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axes: Sequence[int]) -> Tensor:
+        ctx.shape = tensor.shape
+        return _first_of(tensor, axes).clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (grad,) = grads
+        repeats = math.prod(ctx.shape) // max(grad.numel(), 1)
+        return (grad / repeats).expand(ctx.shape), None
 
 
 def _lookup(table: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,63 @@
+"""Log-densities of repeated distributions: their value, their gradient, and what the gradient costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvmppl.families import log_density
+
+K, N, V = 3, 700, 11
+
+
+class _LargestStorage(TorchDispatchMode):
+    """Remembers the largest piece of memory that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return result
+
+
+def repeated(make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """The distribution of each state, repeated for every row of a plate."""
+    return lambda table: make(table).expand((K, N))
+
+
+CASES = {
+    "categorical by probs": (lambda t: dist.Categorical(probs=t.unsqueeze(1).softmax(-1)), (K, V), V),
+    "categorical by logits": (lambda t: dist.Categorical(logits=t.unsqueeze(1)), (K, V), V),
+    "bernoulli by probs": (lambda t: dist.Bernoulli(probs=t.unsqueeze(1).sigmoid()), (K,), 2),
+    "bernoulli by logits": (lambda t: dist.Bernoulli(logits=t.unsqueeze(1)), (K,), 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradient_of_a_repeated_distribution_equals_torchs_and_stays_small(
+    case: tuple[Callable[[Tensor], Any], tuple[int, ...], int],
+) -> None:
+    make, shape, values = case
+    generator = torch.Generator().manual_seed(2)
+    table = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    value = torch.randint(0, values, (N,), generator=generator).to(torch.float64)
+    weight = torch.randn(K, N, generator=generator, dtype=torch.float64)
+    plain = repeated(make)(table).log_prob(value)
+    (expected,) = torch.autograd.grad((weight * plain).sum(), table)
+    with _LargestStorage() as largest:
+        found = log_density(repeated(make)(table), value)
+        (gradient,) = torch.autograd.grad((weight * found).sum(), table)
+    torch.testing.assert_close(found.expand(K, N), plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
+    assert largest.bytes <= 8 * K * N  # the log-densities themselves, and nothing of size K × N × V
