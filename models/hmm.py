@@ -203,4 +203,5 @@ def _group(rows: Tensor, num_groups: int) -> Tensor:
         centres = hot.T @ scaled / hot.sum(0).clamp_min(1.0).unsqueeze(-1)
         centres = torch.where(hot.sum(0).unsqueeze(-1) > 0, centres, torch.inf)  # an empty group stays empty
         group = torch.cdist(scaled, centres).argmin(1)
-    return group
+    found: Tensor = group
+    return found

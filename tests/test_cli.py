@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -288,7 +289,11 @@ def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
 def test_interrupt_keeps_the_fits_that_had_finished_and_exits_with_130(folder: Path) -> None:
     fits = "  second: {algorithm: vem, guide: {use: 'own.py:interrupting_guide'}, max_steps: 400}\n"
     (folder / "small.yaml").write_text(EXPERIMENT + fits)
-    result = lvmppl("run", "small.yaml")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        result = lvmppl("run", "small.yaml")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result.exit_code == 130, result.output
     assert re.fullmatch(
         r"interrupted during fit 'second': the results of em are in runs/small\n", result.stderr
