@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
+from lvmppl.bilinear import log_density
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError, ModelError
-from lvmppl.families import log_density
 
 Values = Mapping[str, Tensor]
 """Constrained parameter values by name."""

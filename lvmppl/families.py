@@ -39,7 +39,7 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     if isinstance(fn, torch.distributions.OneHotCategorical):
         return log_density(fn._categorical, value.argmax(-1))
     if isinstance(fn, torch.distributions.Categorical):
-        return _lookup(_log_table(fn), value)
+        return _lookup(log_table(fn), value)
     if isinstance(fn, torch.distributions.Bernoulli):
         return _bernoulli(fn, value)
     result: Tensor = fn.log_prob(value)
@@ -58,12 +58,12 @@ def is_zero_safe_discrete(fn: Any) -> bool:
     return isinstance(fn, kinds)
 
 
-def _log_table(fn: torch.distributions.Categorical) -> Tensor:
+def log_table(fn: torch.distributions.Categorical) -> Tensor:
     """Log-probabilities [*batch, V]; narrowed before the logarithm, so that a plate costs nothing."""
-    return safe_log(_unexpanded(fn.probs, 1)) if "probs" in fn.__dict__ else _unexpanded(fn.logits, 1)
+    return safe_log(unexpanded(fn.probs, 1)) if "probs" in fn.__dict__ else unexpanded(fn.logits, 1)
 
 
-def _unexpanded(tensor: Tensor, event_dim: int) -> Tensor:
+def unexpanded(tensor: Tensor, event_dim: int = 0) -> Tensor:
     """Narrow batch axes of stride 0 to size 1: a plate repeats a distribution, it does not make new ones."""
     axes = [a for a in range(tensor.dim() - event_dim) if tensor.shape[a] > 1 and tensor.stride(a) == 0]
     if not axes:
@@ -128,9 +128,9 @@ def _axis_index(table: Tensor, axis: int, rank: int) -> Tensor:
 
 def _bernoulli(fn: torch.distributions.Bernoulli, value: Tensor) -> Tensor:
     if "probs" in fn.__dict__:
-        probs = _unexpanded(fn.probs, 0)
+        probs = unexpanded(fn.probs, 0)
         return torch.where(value > 0.5, safe_log(probs), safe_log(1 - probs))
-    logits = _unexpanded(fn.logits, 0)
+    logits = unexpanded(fn.logits, 0)
     return torch.where(
         value > 0.5, torch.nn.functional.logsigmoid(logits), torch.nn.functional.logsigmoid(-logits)
     )

@@ -50,7 +50,11 @@ PARTS: dict[str, tuple[str, str, str]] = {
     ),
     "exact": ("lvmppl.exact lvmppl.exact.*", "errors density families distributions results exact", "yaml"),
     "density": ("lvmppl.density lvmppl.density.*", "errors families distributions density", "yaml pandas"),
-    "families": ("lvmppl.families", "errors distributions", "yaml pandas"),
+    "families": (
+        "lvmppl.families lvmppl.family_table lvmppl.bilinear",
+        "errors distributions families",
+        "yaml pandas",
+    ),
     "distributions": (
         "lvmppl.distributions lvmppl.distributions.*",
         "errors exact distributions",

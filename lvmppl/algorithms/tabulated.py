@@ -10,7 +10,6 @@ Shapes: R restarts, K states, N rows of a piece, `·t` statistics.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -30,6 +29,7 @@ from lvmppl.algorithms.statistics import (
     add_statistics,
     contract,
 )
+from lvmppl.bilinear import mvn_natural, normal_natural, packed_outer
 from lvmppl.density import Factor, Values, Variable
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.named import Named, add, align, union
@@ -219,18 +219,10 @@ def _design(reading: Reading, reference: Named | None, dtype: torch.dtype) -> Na
         if reading.kind == "normal":
             torch.mul(y, y, out=design[1 + width :])
         else:
-            _outer(y, design[1 + width :])
+            packed_outer(y, design[1 + width :])
         return Named(design, (STATISTIC, *batch))
     flat = [align(p, (*inner, *batch)).expand(shape).reshape(width, *rows) for p in parts]
     return Named(torch.cat(flat) if len(flat) > 1 else flat[0], (STATISTIC, *batch))
-
-
-def _outer(y: Tensor, out: Tensor) -> None:
-    """y_i y_j for i ≤ j, in the order of `packed`."""
-    at = 0
-    for i in range(len(y)):
-        torch.mul(y[i:], y[i], out=out[at : at + len(y) - i])
-        at += len(y) - i
 
 
 def _product(natural: Named, design: Named) -> Named:
@@ -270,8 +262,7 @@ def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int],
         assert site.reference is not None
         m = at(site.field("loc", values)) - at(site.reference)
         precision = at(site.field("precision", values))
-        constant = (precision.log() - precision * m.square() - math.log(2 * math.pi)) / 2
-        rows = [flat(constant).sum(-1, keepdim=True), flat(precision * m), flat(-precision / 2)]
+        rows = normal_natural(flat(m), flat(precision))
     elif reading.kind == "mvn":
         rows = _mvn_rows(site, at, dims, shape, values)
     elif reading.kind == "beta":
@@ -288,17 +279,8 @@ def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int],
 def _mvn_rows(site: ClosedSite, at, dims, shape, values: Values) -> list[Tensor]:  # type: ignore[no-untyped-def]
     assert site.reference is not None
     m = at(site.field("loc", values)) - at(site.reference)
-    size = m.shape[-1]
     covariance = align(site.field("covariance", values), (*dims, "·j"))
-    root = torch.linalg.cholesky(covariance)
-    precision = torch.cholesky_inverse(root)
-    log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    linear = (precision @ m.unsqueeze(-1)).squeeze(-1)
-    constant = -((linear * m).sum(-1) + log_det + size * math.log(2 * math.pi)) / 2
-    i, j = torch.triu_indices(size, size)
-    entries = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(m.dtype)
-    entries = entries.expand(*m.shape[:-1], entries.shape[-1])
-    return [constant.unsqueeze(-1), linear, entries]
+    return mvn_natural(m, torch.linalg.cholesky(covariance))[0]
 
 
 def _looked_up(site: ClosedSite, reading: Reading, values: Values, led: bool) -> Named:
