@@ -159,9 +159,9 @@ class Encoder(nn.Module):
         numel = math.prod(inner) * math.prod(output.free_shape)
         if self._stepwise(output, inner, data):
             numel //= output.free_shape[0]
-            self.readouts[key] = nn.Linear(int(self.trunk.step_width), numel)  # type: ignore[arg-type]
+            self.readouts[key] = _readout(int(self.trunk.step_width), numel)  # type: ignore[arg-type]
         else:
-            self.readouts[key] = nn.Linear(int(self.trunk.width), numel)  # type: ignore[arg-type]
+            self.readouts[key] = _readout(int(self.trunk.width), numel)  # type: ignore[arg-type]
 
     def _stepwise(self, output: Output, inner: Sequence[int], data: Data) -> bool:
         """Whether the first axis of the output is read step by step off a trunk that reads sequences."""
@@ -216,6 +216,15 @@ def _layers(width: int, hidden: Sequence[int]) -> tuple[nn.Sequential, int]:
     for before, after in itertools.pairwise((width, *hidden)):
         layers += [nn.Linear(before, after), nn.Tanh()]
     return nn.Sequential(*layers), (width, *hidden)[-1]
+
+
+def _readout(width: int, numel: int) -> nn.Linear:
+    """A linear layer that starts near λ = 0, where a table starts: q is broad, and no datum is claimed by chance."""
+    layer = nn.Linear(width, numel)
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.bias.zero_()
+    return layer
 
 
 def _is_integer(tensor: Tensor) -> bool:
