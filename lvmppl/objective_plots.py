@@ -69,12 +69,13 @@ def _range(objective: pd.Series, line: float) -> tuple[float, float, float]:
     it.
     """
     values = objective.to_numpy(dtype=float)
+    if _is_noisy(values):  # the scale is that of the bold curve; single estimates may leave it
+        values = _running_mean(values, _window(values))
     finite = values[np.isfinite(values)]
     lines = [line] if np.isfinite(line) else []
-    noisy = _is_noisy(values)
-    end = float(np.median(finite[-50:])) if noisy else float(finite[-1])
-    high = max(float(np.quantile(finite, 0.995)) if noisy else float(finite.max()), *lines, end)
-    low = min(float(finite.min()), *lines, end)
+    end = float(finite[-1])
+    high = max([float(finite.max()), *lines])
+    low = min([float(finite.min()), *lines])
     if len(finite) > 3:
         tenth = float(np.quantile(finite, 0.1, method="higher"))
         height = max(3.0 * (high - tenth), 1e-3 * abs(high))
@@ -103,6 +104,10 @@ def _is_noisy(objective: Reals) -> bool:
     """Many steps of which more than a fifth fall by more than rounding: an estimate, not an ascent."""
     finite = objective[np.isfinite(objective)]
     return len(finite) > 60 and float((np.diff(finite) < -1e-6 * np.abs(finite[1:])).mean()) > 0.2
+
+
+def _window(values: Reals) -> int:
+    return max(5, len(values) // 50)
 
 
 def _running_mean(values: Reals, window: int) -> Reals:
@@ -152,7 +157,7 @@ def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: in
         marker = "o" if len(values) < 15 else ""
         axes.plot(steps, values, color=BLUE, lw=2.2, marker=marker, ms=3.5, zorder=3, label=label)
         return values
-    window = max(5, len(values) // 50)
+    window = _window(values)
     mean = _running_mean(values, window)
     axes.plot(steps, values, color=BLUE, lw=0.6, alpha=0.35, zorder=3, label=f"{name}, every step")
     axes.plot(steps, mean, color=BLUE, lw=2.2, zorder=4, label=f"mean over {window} steps")
