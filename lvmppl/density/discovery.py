@@ -1,0 +1,183 @@
+"""One trace of a program on all rows, to learn its parameters, sites and plates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from lvmppl.density.handlers import Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
+from lvmppl.density.programs import Program
+from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
+from lvmppl.errors import InputError, ModelError
+
+_SPARE_NESTING = 12  # plate axes reserved in the first trace, before the real nesting is known
+
+
+def num_rows(data: Values) -> int:
+    """N, the size of the first axis that all data tensors share."""
+    sizes = {name: tensor.shape[0] if tensor.dim() else None for name, tensor in data.items()}
+    distinct = set(sizes.values())
+    if len(distinct) != 1 or None in distinct:
+        listing = (
+            ", ".join(f"{k}: {'a scalar' if v is None else v}" for k, v in sizes.items()) or "no tensors"
+        )
+        raise InputError(
+            "data", "tensors that share their first axis", listing, "give every tensor a row per datum"
+        )
+    size = distinct.pop()
+    assert size is not None
+    if size == 0:
+        raise InputError("data", "at least one row", "0 rows")
+    return size
+
+
+def discover(
+    program: Program, data: Values, data_plate: str | None = None, model: Structure | None = None
+) -> Structure:
+    """Run `program` once on all rows and learn its parameters, sites and plates.
+
+    Enumerated sites are enumerated already here, so that `loc[z]` never takes the size of the data. For a guide,
+    `model` is the model's structure: the data plate's name is taken from it.
+    """
+    total = num_rows(data)
+    if program.module is not None:
+        # modules may build themselves at the first call, as autoguides do
+        with poutine.block(), torch.no_grad(), pyro.get_param_store().scope():
+            program(data, {})
+    weights = {name: w.detach() for name, w in program.weights().items()}
+    found = Discovery(weights)
+    enumeration = poutine.enum(first_available_dim=-1 - _SPARE_NESTING)
+    finite = EnumerateFinite() if program.role == "guide" else nullcontext()
+    with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite:
+        program(data, weights)
+    sites, sizes, axes = _read_sites(tracer.trace)
+    plate = (
+        model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
+    )
+    if plate is not None and plate in sizes and sizes[plate] != total:
+        raise ModelError(
+            f"{program.role}: plate '{plate}'",
+            f"the size of the data, {total}",
+            f"{sizes[plate]}",
+            f"write pyro.plate('{plate}', len(x)) so that the plate has the size of the rows it is handed",
+        )
+    nesting = max((-axis for axis in axes.values()), default=0)
+    if model is not None:
+        nesting = max(nesting, model.nesting)
+    parameters = {name: ParameterSpec(name, constraints.real, w.clone()) for name, w in weights.items()}
+    for name, (constraint, event_dim, start, frames) in found.found.items():
+        parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
+    return Structure(parameters, sites, sizes, axes, nesting, plate, total)
+
+
+def describe(model: Callable[..., Any], data: Values) -> Structure:
+    """The structure of a model for a guide that is built from it, hidden from the handlers around this call."""
+    with poutine.block(), torch.no_grad():
+        return discover(Program(model, "model"), data)
+
+
+def _parameter_spec(
+    name: str,
+    constraint: Constraint,
+    event_dim: int | None,
+    start: Tensor,
+    frames: Sequence[Any],
+    plate: str | None,
+    total: int,
+) -> ParameterSpec:
+    frame = next((f for f in frames if f.name == plate and f.vectorized), None)
+    if frame is None:
+        return ParameterSpec(name, constraint, start)
+    if event_dim is None:
+        raise ModelError(
+            f"pyro.param('{name}') inside plate '{plate}'",
+            "event_dim, the number of right-most axes that belong to one datum",
+            "none",
+            f"write pyro.param('{name}', init, event_dim=…), or move a shared parameter out of the plate",
+        )
+    axis = frame.dim - event_dim
+    if start.dim() < -axis or start.shape[axis] == 1 != total:
+        return ParameterSpec(name, constraint, start)
+    return ParameterSpec(name, constraint, start, row_axis=axis)
+
+
+def is_sample(site: Any) -> bool:
+    return bool(
+        site["type"] == "sample"
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic", False)
+    )
+
+
+def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[str, int]]:
+    sites: dict[str, SiteInfo] = {}
+    sizes: dict[str, int] = {}
+    axes: dict[str, int] = {}
+    for name, site in trace.nodes.items():
+        if not is_sample(site):
+            continue
+        frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+        for frame in frames:
+            sizes[frame.name] = frame.size
+            axes[frame.name] = frame.dim
+        kind = (
+            "observed"
+            if site["is_observed"]
+            else "enumerated"
+            if "_enumerate_dim" in site["infer"]
+            else "latent"
+        )
+        fn = site["fn"]
+        sites[name] = SiteInfo(
+            name,
+            kind,
+            tuple(f.name for f in frames),
+            family_name(fn),
+            tuple(fn.event_shape),
+            bool(getattr(fn.support, "is_discrete", False)),
+            bool(fn.has_rsample),
+            bool(site["infer"].get("is_auxiliary")),
+            fn.support,
+        )
+    return sites, sizes, axes
+
+
+def family_name(fn: Any) -> str:
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return "MarkovChain" if isinstance(fn, EnumeratedChain) else type(fn).__name__
+
+
+def _find_data_plate(trace: Any, total: int, wanted: str | None, sizes: Mapping[str, int]) -> str | None:
+    if wanted is not None:
+        if wanted not in sizes:
+            raise ModelError(
+                "data_plate", f"one of the model's plates ({', '.join(sizes) or 'it has none'})", wanted
+            )
+        return wanted
+    if "data" in sizes:
+        return "data"
+    outer: dict[str, bool] = {}
+    for site in trace.nodes.values():
+        if is_sample(site):
+            for depth, frame in enumerate(f for f in site["cond_indep_stack"] if f.vectorized):
+                outer[frame.name] = outer.get(frame.name, True) and depth == 0
+    candidates = [name for name, is_outer in outer.items() if is_outer and sizes[name] == total]
+    if len(candidates) > 1:
+        raise ModelError(
+            "the model's data plate",
+            f"one outermost plate of the data's size {total}",
+            ", ".join(sorted(candidates)),
+            "name it 'data', or say `data_plate: NAME`",
+        )
+    return candidates[0] if candidates else None

@@ -1,0 +1,259 @@
+"""A trace as log-factors with named axes: the name of each enumerated site and of each plate an axis belongs to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from lvmppl.bilinear import log_density
+from lvmppl.density.discovery import family_name, is_sample
+from lvmppl.density.handlers import EnumeratedChain
+from lvmppl.density.structure import (
+    Evaluation,
+    Factor,
+    Rows,
+    SiteView,
+    Structure,
+    Variable,
+    chain_axes,
+    time_axis,
+)
+from lvmppl.errors import ModelError
+
+
+def build_evaluation(
+    model_trace: Any | None,
+    guide_trace: Any | None,
+    rows: Rows,
+    structure: Structure,
+    names: dict[int, str],
+    extra_axes: Mapping[int, str] | None = None,
+) -> Evaluation:
+    extra = extra_axes or {}
+    variables: dict[str, Variable] = {}
+    sizes: dict[str, int] = {}
+    guide_factors: list[Factor] = []
+    score_factors: list[Factor] = []
+    samples: dict[str, Tensor] = {}
+    guide_variables: set[str] = set()
+    plate = structure.data_plate
+    if guide_trace is not None:
+        for name, site in guide_trace.nodes.items():
+            if not is_sample(site) or site["is_observed"]:
+                continue
+            _register(name, site, variables, sizes, names)
+            if name in variables:
+                guide_variables.add(name)
+        for name, site in guide_trace.nodes.items():
+            if not is_sample(site) or site["is_observed"]:
+                continue
+            own = _factors(name, site, rows, plate, names, extra, variables)
+            guide_factors.extend(own)
+            if name not in variables:
+                samples[name] = site["value"]
+                if not site["fn"].has_rsample and not _is_delta(site["fn"]):
+                    score_factors.extend(own)
+    model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if is_sample(s)}
+    for name, site in model_sites.items():
+        _register(name, site, variables, sizes, names)
+    factors = tuple(
+        f for n, s in model_sites.items() for f in _factors(n, s, rows, plate, names, extra, variables)
+    )
+    if plate is not None:
+        sizes.setdefault(plate, rows.size)
+    return Evaluation(
+        factors,
+        tuple(guide_factors),
+        variables,
+        frozenset(guide_variables),
+        sizes,
+        samples,
+        tuple(score_factors),
+    )
+
+
+def _is_delta(fn: Any) -> bool:
+    return family_name(fn) == "Delta"
+
+
+def _register(
+    name: str, site: Any, variables: dict[str, Variable], sizes: dict[str, int], names: dict[int, str]
+) -> None:
+    frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+    for frame in frames:
+        sizes[frame.name] = frame.size
+    axis = site["infer"].get("_enumerate_dim")
+    if axis is None or name in variables or site["is_observed"]:
+        return
+    names[site["infer"]["_dim_to_id"][axis]] = name
+    plates = tuple(f.name for f in frames)
+    if isinstance(site["fn"], EnumeratedChain):
+        chain = site["fn"].chain
+        sizes[time_axis(chain.num_steps)] = chain.num_steps
+        lengths: Tensor | None = None
+        dims: tuple[str, ...] = ()
+        if chain.lengths is not None:
+            lengths, dims = _name_axes(chain.lengths, _axis_names(site, names), name)
+        states = torch.arange(chain.states, device=chain.log_initial.device)
+        variables[name] = Variable(name, plates, states, chain.num_steps, lengths, dims)
+        return
+    value, event_dim = site["value"], site["fn"].event_dim
+    position = value.dim() + axis - event_dim
+    support = value if position < 0 else value.movedim(position, 0)
+    support = support.reshape(
+        support.shape[0] if position >= 0 else 1, -1, *value.shape[value.dim() - event_dim :]
+    )[:, 0]
+    variables[name] = Variable(name, plates, support.detach())
+
+
+def _axis_names(
+    site: Any, names: Mapping[int, str], extra: Mapping[int, str] | None = None
+) -> dict[int, str]:
+    """What each batch axis of a site stands for: a plate, an enumerated site, or what `extra` says."""
+    result = {**(extra or {}), **{f.dim: f.name for f in site["cond_indep_stack"] if f.vectorized}}
+    result.update({axis: names[i] for axis, i in site["infer"].get("_dim_to_id", {}).items() if i in names})
+    return result
+
+
+def _factors(
+    name: str,
+    site: Any,
+    rows: Rows,
+    plate: str | None,
+    names: Mapping[int, str],
+    extra: Mapping[int, str],
+    variables: Mapping[str, Variable],
+) -> list[Factor]:
+    """The log-factors of one site: one, or the initial and the transition factor of a chain."""
+    plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
+    axis_names = _axis_names(site, names, extra)
+    scale: float | Tensor = site["scale"]
+    scale_dims: tuple[str, ...] = ()
+    if isinstance(scale, Tensor):
+        scale, scale_dims = _name_axes(scale, axis_names, name)
+    if plate in plates:
+        scale = scale * rows.scale
+    observed = bool(site["is_observed"])
+
+    def factor(key: str, tensor: Tensor, dims: tuple[str, ...]) -> Factor:
+        return Factor(key, tensor, dims, plates, scale, scale_dims, observed)
+
+    if isinstance(site["fn"], EnumeratedChain):
+        return [factor(*part) for part in _chain_factors(name, site["fn"].chain, axis_names)]
+    steps = _chain_steps(variables, axis_names)
+    stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
+    if stepwise is not None and stepwise.shape[-1] in steps:
+        tensor, dims = _name_axes(
+            _masked(stepwise, site, trailing=1), axis_names, name, (time_axis(stepwise.shape[-1]),)
+        )
+        if any(variables[d].steps for d in dims if d in variables):
+            return [factor(name, tensor, dims)]
+    log_prob = log_density(site["fn"], site["value"])
+    if observed or "_enumerate_dim" not in site["infer"]:
+        log_prob = _masked(log_prob, site)
+    return [factor(name, *_name_axes(log_prob, axis_names, name))]
+
+
+def _chain_steps(variables: Mapping[str, Variable], axis_names: Mapping[int, str]) -> frozenset[int]:
+    """Numbers of steps of the chains among the axes of a site."""
+    chains = (v for v in variables.values() if v.name in axis_names.values())
+    return frozenset(v.steps for v in chains if v.steps is not None)
+
+
+def _masked(log_prob: Tensor, site: Any, trailing: int = 0) -> Tensor:
+    """poutine.mask acts on observed and drawn factors; an enumerated latent keeps its prior."""
+    if site["mask"] is None:
+        return log_prob
+    mask = torch.as_tensor(site["mask"])
+    mask = mask.reshape(*mask.shape, *[1] * trailing) if mask.dim() else mask
+    return torch.where(mask, log_prob, torch.zeros((), dtype=log_prob.dtype, device=log_prob.device))
+
+
+def _by_step(fn: Any, value: Tensor) -> Tensor | None:
+    """log p(value) with the first event axis left unsummed [*batch, T]; None for a family that ties its event together."""
+    if isinstance(fn, dist.MaskedDistribution):
+        base = _by_step(fn.base_dist, value)
+        if base is None:
+            return None
+        mask = torch.as_tensor(fn._mask)
+        mask = mask.unsqueeze(-1) if mask.dim() else mask
+        return torch.where(mask, base, torch.zeros((), dtype=base.dtype, device=base.device))
+    if not isinstance(fn, torch.distributions.Independent) or fn.reinterpreted_batch_ndims < 1:
+        return None
+    base = log_density(fn.base_dist, value)
+    events = fn.reinterpreted_batch_ndims
+    shape = torch.broadcast_shapes(
+        base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :]
+    )
+    base = base.expand(shape)
+    return base.sum(tuple(range(1 - events, 0))) if events > 1 else base
+
+
+def _chain_factors(
+    name: str, chain: Any, axis_names: Mapping[int, str]
+) -> Iterator[tuple[str, Tensor, tuple[str, ...]]]:
+    """(key, tensor, dims) of log p(z₁) and of log p(z_{t+1} | z_t)."""
+    yield (name, *_name_axes(chain.log_initial, axis_names, name, (name,)))
+    step, before, after = chain_axes(name, chain.num_steps)
+    yield (f"{name}·transition", *_name_axes(chain.log_transition, axis_names, name, (step, before, after)))
+
+
+def build_views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str, SiteView], Evaluation]:
+    variables: dict[str, Variable] = {}
+    sizes: dict[str, int] = {}
+    names: dict[int, str] = {}
+    plate = structure.data_plate
+    nodes = {n: s for n, s in trace.nodes.items() if is_sample(s)}
+    for name, site in nodes.items():
+        _register(name, site, variables, sizes, names)
+    if plate is not None:
+        sizes.setdefault(plate, rows.size)
+    views = {}
+    for name, site in nodes.items():
+        axis_names = _axis_names(site, names)
+        plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
+        scale: float | Tensor = site["scale"]
+        scale_dims: tuple[str, ...] = ()
+        if isinstance(scale, Tensor):
+            scale, scale_dims = _name_axes(scale, axis_names, name)
+        if plate in plates:
+            scale = scale * rows.scale
+        observed = bool(site["is_observed"])
+        mask = None if "_enumerate_dim" in site["infer"] and not observed else site["mask"]
+        compute = functools.partial(_factors, name, site, rows, plate, names, {}, variables)
+        views[name] = SiteView(
+            name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute,
+            _chain_steps(variables, axis_names),
+        )  # fmt: skip
+    return views, Evaluation((), (), variables, frozenset(), sizes)
+
+
+def _name_axes(
+    tensor: Tensor, axis_names: Mapping[int, str], site: str, trailing: tuple[str, ...] = ()
+) -> tuple[Tensor, tuple[str, ...]]:
+    """Drop axes of size 1 and name the others; an axis that nothing declares is the user's mistake.
+
+    trailing: names of the right-most axes, which are not batch axes.
+    """
+    count = len(trailing)
+    axis_names = {
+        **{a - count: n for a, n in axis_names.items()},
+        **{i - count: n for i, n in enumerate(trailing)},
+    }
+    shape = tensor.shape
+    keep = [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
+    for axis in keep:
+        if axis not in axis_names:
+            raise ModelError(
+                f"site '{site}'",
+                "batch axes that belong to plates",
+                f"a batch axis of size {shape[axis]} at dim {axis + count} "
+                f"(batch shape {tuple(shape[: len(shape) - count])}) that no plate declares",
+                "declare it with pyro.plate, or make it part of the event with .to_event(1)",
+            )
+    return tensor.reshape([shape[axis] for axis in keep]), tuple(axis_names[axis] for axis in keep)

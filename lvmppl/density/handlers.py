@@ -1,0 +1,137 @@
+"""The effect handlers that answer a program's statements: parameters, enumeration, latent chains, held sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from lvmppl.density.structure import ParameterSpec, Rows, Values
+from lvmppl.distributions import MarkovChain
+
+
+class Parameters(Messenger):
+    """Answers every parameter statement from `values`; unknown names are recorded with their own start."""
+
+    def __init__(
+        self, values: Values, specs: Mapping[str, ParameterSpec], rows: Rows, data_plate: str | None
+    ) -> None:
+        super().__init__()
+        self.values, self.specs, self.rows, self.data_plate = values, specs, rows, data_plate
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.values:
+            spec = self.specs[name]
+            value = self.values[name]
+            axis = spec.row_axis
+            if axis is not None and self.rows.indices is not None and value.shape[axis] != self.rows.size:
+                value = spec.rows_of(value, self.rows)
+            msg["value"] = value
+            msg["done"] = True
+
+
+class Discovery(Messenger):
+    """Records parameters at their first statement, with the plates they stand in, and answers with their start."""
+
+    def __init__(self, weights: Values) -> None:
+        super().__init__()
+        self.own = {
+            id(w) for w in weights.values()
+        }  # a module's weights are announced too; they are known already
+        self.found: dict[str, tuple[Constraint, int | None, Tensor, tuple[Any, ...]]] = {}
+
+    def _pyro_param(self, msg: Any) -> None:
+        name = msg["name"]
+        if name in self.found:
+            msg["value"], msg["done"] = self.found[name][2], True
+            return
+        if len(msg["args"]) > 1 and id(msg["args"][1]) in self.own:
+            return
+        constraint = msg["kwargs"].get("constraint", constraints.real)
+        if len(msg["args"]) > 1:
+            start = msg["args"][1]
+            start = start() if callable(start) and not isinstance(start, Tensor) else start
+        else:
+            start = msg["fn"](*msg["args"], **msg["kwargs"])
+        if not isinstance(start, Tensor):
+            raise TypeError(f"pyro.param('{name}') starts from a {type(start).__name__}, not a tensor")
+        start = start.detach().clone()
+        _check_start(name, constraint, start)
+        event_dim = msg["kwargs"].get("event_dim")
+        # A PyroParam is stated wherever it is looked up; without an event_dim it is no table of the plates around.
+        frames = () if len(msg["args"]) == 1 and event_dim is None else tuple(msg["cond_indep_stack"])
+        self.found[name] = (constraint, event_dim, start, frames)
+        msg["value"], msg["done"] = start, True
+
+
+def _check_start(name: str, constraint: Constraint, start: Tensor) -> None:
+    if start.is_floating_point() and not bool(torch.isfinite(start).all()):
+        raise ValueError(f"pyro.param('{name}') starts from values that are not finite")
+    if not bool(constraint.check(start).all()):
+        raise ValueError(f"pyro.param('{name}') starts outside its constraint {constraint}")
+
+
+class EnumerateFinite(Messenger):
+    """Marks the guide's finite discrete sites for exact enumeration unless the user said otherwise."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("enumerate") is not None:
+            return
+        if getattr(msg["fn"], "has_enumerate_support", False) and not msg["infer"].get("is_auxiliary"):
+            msg["infer"]["enumerate"] = "parallel"
+
+
+class Hold(Messenger):
+    """Holds latent sites at given values."""
+
+    def __init__(self, points: Values) -> None:
+        super().__init__()
+        self.points = points
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.points:
+            msg["value"], msg["done"] = self.points[msg["name"]], True
+
+
+class EnumeratedChain(dist.TorchDistribution):
+    """Stands in for a MarkovChain while sites are enumerated: the states of one step, so that z has K values, not Kᵀ.
+
+    What depends on z step by step (`table[z]`, its steps kept apart by `.to_event`) then has an axis of states and one of
+    steps, and forward-backward sums over the sequences.
+    """
+
+    arg_constraints: dict[str, Constraint] = {}  # noqa: RUF012 - torch's own protocol
+    has_enumerate_support = True
+
+    def __init__(self, chain: MarkovChain) -> None:
+        self.chain = chain
+        super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Constraint:
+        return self.chain.support
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        states = torch.arange(self.chain.states, device=self.chain.log_initial.device)
+        return states.reshape(-1, *[1] * len(self.batch_shape), 1)
+
+
+class EnumerateChains(Messenger):
+    """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        fn = msg["fn"]
+        if (
+            isinstance(fn, MarkovChain)
+            and not msg["is_observed"]
+            and msg["infer"].get("enumerate") == "parallel"
+        ):
+            msg["fn"] = EnumeratedChain(fn)

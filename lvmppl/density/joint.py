@@ -1,0 +1,106 @@
+"""A model, and perhaps a guide, bound to their structures: one pass at given parameters and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from pyro import poutine
+
+from lvmppl.density.discovery import num_rows
+from lvmppl.density.factors import build_evaluation, build_views
+from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, Parameters
+from lvmppl.density.programs import Program, swapped_modules
+from lvmppl.density.structure import POINTS, Evaluation, ParameterSpec, Rows, SiteView, Structure, Values
+
+
+class Joint:
+    """A model, and perhaps a guide, bound to their structures: (θ, λ, rows) → factors."""
+
+    def __init__(
+        self,
+        model: Program,
+        structure: Structure,
+        guide: Program | None = None,
+        guide_structure: Structure | None = None,
+    ) -> None:
+        self.model, self.structure = model, structure
+        self.guide, self.guide_structure = guide, guide_structure
+        nesting = max(structure.nesting, guide_structure.nesting if guide_structure else 0)
+        self.first_available_dim = -1 - nesting
+        self.specs: dict[str, ParameterSpec] = dict(structure.parameters)
+        if guide_structure is not None:
+            self.specs.update(guide_structure.parameters)
+
+    @contextmanager
+    def _enumeration(self) -> Iterator[None]:
+        with poutine.enum(first_available_dim=self.first_available_dim), EnumerateChains():
+            yield
+
+    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
+        rows = rows or Rows(num_rows(data))
+        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
+        names: dict[int, str] = {}
+        with parameters, swapped_modules(values):
+            if self.guide is None:
+                with poutine.trace() as model_trace, self._enumeration():
+                    self.model(data, values)
+                return build_evaluation(model_trace.trace, None, rows, self.structure, names)
+            with poutine.trace() as guide_trace, self._enumeration(), EnumerateFinite():
+                self.guide(data, values)
+            replay = poutine.replay(trace=guide_trace.trace)
+            with poutine.trace() as model_trace, poutine.enum(), EnumerateChains(), replay:
+                self.model(data, values)
+        return build_evaluation(model_trace.trace, guide_trace.trace, rows, self.structure, names)
+
+    def evaluate_at(
+        self,
+        data: Values,
+        values: Values,
+        points: Values,
+        rows: Rows | None = None,
+        configurations: Mapping[int, str] | None = None,
+    ) -> Evaluation:
+        """The model's log-factors with its continuous sites held at given points, the enumerated ones enumerated.
+
+        points: by site, [S, *batch, *event], where batch has all `nesting` plate axes (size 1 where it has none). Factors
+        that depend on the points have a leading axis named `POINTS`. Points that differ between states of enumerated
+        sites have axes left of S, named by `configurations` (batch axis → site).
+        """
+        rows = rows or Rows(num_rows(data))
+        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
+        names: dict[int, str] = {}
+        enumeration = poutine.enum(first_available_dim=self.first_available_dim - 1)
+        hold = Hold(points)
+        with (
+            parameters,
+            swapped_modules(values),
+            poutine.trace() as trace,
+            enumeration,
+            EnumerateChains(),
+            hold,
+        ):
+            self.model(data, values)
+        extra = {self.first_available_dim: POINTS, **(configurations or {})}
+        return build_evaluation(trace.trace, None, rows, self.structure, names, extra)
+
+    def view(
+        self, data: Values, values: Values, rows: Rows | None = None
+    ) -> tuple[dict[str, SiteView], Evaluation]:
+        """The model's sites before any log-density is computed; the evaluation holds variables and sizes, no factors."""
+        rows = rows or Rows(num_rows(data))
+        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
+        with parameters, swapped_modules(values), poutine.trace() as tracer, self._enumeration():
+            self.model(data, values)
+        return build_views(tracer.trace, rows, self.structure)
+
+    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """The guide's log-factors alone; the model is not run."""
+        assert self.guide is not None
+        rows = rows or Rows(num_rows(data))
+        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
+        finite = EnumerateFinite()
+        with parameters, swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
+            self.guide(data, values)
+        return build_evaluation(None, trace.trace, rows, self.structure, {})
