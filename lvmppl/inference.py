@@ -115,7 +115,8 @@ def as_tensors(data: Data) -> dict[str, Tensor]:
             raise InputError(
                 f"data['{name}']", "a tensor or an array of numbers", type(value).__name__
             ) from error
-        if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
+        # a sum is NaN if any entry is; ±inf can make it so too, which is why the entries have the last word
+        if tensor.is_floating_point() and bool(tensor.sum().isnan()) and bool(torch.isnan(tensor).any()):
             rows = (
                 torch.nonzero(torch.isnan(tensor.reshape(len(tensor), -1)).any(1)).flatten()
                 if tensor.dim()

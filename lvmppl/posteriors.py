@@ -99,8 +99,20 @@ class Posterior:
 
         Of a Markov chain [*plates, T, K], zero beyond a sequence's length.
         """
-        (table,) = self._marginal_tables([(site,)])
+        self._check(site)
+        table = self._last_in_its_component(site)
+        if table is None:
+            (table,) = self._marginal_tables([(site,)])
         return table.movedim(0, -1)
+
+    def _last_in_its_component(self, site: str) -> Tensor | None:
+        """The marginal as the elimination left it, for a site that no other depended on when its turn came."""
+        plates = self.variables[site].plates
+        for step in self._elimination.tape:
+            if step.variable == site and set(step.clique.dims[1:]) <= set(plates):
+                table = align(Named(_conditional(step), step.clique.dims), (site, *plates))
+                return table.exp_().expand(-1, *(self.plate_sizes[p] for p in plates))
+        return None
 
     def marginal(self, site: str) -> torch.distributions.Categorical:
         """The marginal of one site, `.probs` [*plates, K], over the indices of its support."""
@@ -449,11 +461,11 @@ def categorical_of(probs: Tensor) -> torch.distributions.Categorical:
 
 def _conditional(step: Step) -> Tensor:
     """log p(z_v | the clique's other variables): −∞ rows (impossible) stay −∞."""
-    clique = step.clique.tensor.detach()
-    norm = log_sum_exp(clique, 0)
-    return torch.where(
-        torch.isfinite(norm), clique - torch.where(torch.isfinite(norm), norm, 0.0), -torch.inf
-    )
+    clique, norm = step.clique.tensor.detach(), step.reduced.detach()
+    finite = torch.isfinite(norm)
+    if bool(finite.all()):
+        return clique - norm
+    return torch.where(finite, clique - torch.where(finite, norm, 0.0), -torch.inf)
 
 
 def _gather(clique: Named, variable: str, states: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:

@@ -36,11 +36,15 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """One elimination: `clique` is the sum of all log-factors that held `variable` (its first axis)."""
+    """One elimination: `clique` is the sum of all log-factors that held `variable` (its first axis).
+
+    reduced: the clique with the variable summed (or maximised) out.
+    """
 
     variable: str
     clique: Named
     plates: frozenset[str]
+    reduced: Tensor
 
 
 @dataclass
@@ -118,8 +122,8 @@ class _Eliminator:
             bucket = [n for n in pool if variable in n.dims]
             self._check_size(variable, bucket, pool)
             clique = add(bucket, self.all_plates, first=variable)
-            result.tape.append(Step(variable, clique, leaf))
             reduced = clique.tensor.amax(0) if self.maximise else log_sum_exp(clique.tensor, 0)
+            result.tape.append(Step(variable, clique, leaf, reduced))
             pool = [n for n in pool if variable not in n.dims] + [Named(reduced, clique.dims[1:])]
             local.discard(variable)
         return [times(n, scale, self.straight_through) for n in pool]
