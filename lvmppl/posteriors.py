@@ -24,7 +24,7 @@ from lvmppl.density import Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import InputError
 from lvmppl.exact.chains import Group, entropies, has_chains, split
 from lvmppl.exact.elimination import Elimination, Step, eliminate
-from lvmppl.exact.named import Named, align, log_sum_exp
+from lvmppl.exact.named import Named, align
 
 
 class Mode(NamedTuple):
