@@ -497,7 +497,7 @@ def _detached(factor: Factor) -> Factor:
 
 
 def _with_gradient(factor: Factor) -> Factor:
-    leaf = factor.log_prob.detach().clone().requires_grad_()
+    leaf = factor.log_prob.detach().requires_grad_()
     return Factor(
         factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed
     )
