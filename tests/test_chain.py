@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from lvmppl.exact import chain
+from lvmppl.exact import chain, chain_scaled, chain_steps
 
 Array = NDArray[np.float64]
 
@@ -148,3 +148,27 @@ def test_hundred_thousand_steps_in_float32_agree_with_float64() -> None:
     assert float(wide.log_evidence) < -1e7  # far below the smallest float32
     assert float(narrow.log_evidence.double() / wide.log_evidence) == pytest.approx(1.0, abs=1e-4)
     torch.testing.assert_close(narrow.unary.double(), wide.unary, rtol=0, atol=1e-3)
+
+
+def test_steps_in_numpy_and_in_torch_are_the_same_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One transition on the CPU goes through numpy, everything else through torch: both are the truth's own numbers."""
+    generator = torch.Generator().manual_seed(7)
+    initial, transition, likelihood = (
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in ((1, 5), (1, 1, 5, 5), (6, 40, 5))
+    )
+    transition[0, 0, 1, 2] = -torch.inf  # so that the bracket, not the dense certificate, is used
+    lengths = torch.tensor([40, 3, 40, 17, 1, 39])
+    first = chain.marginals(initial, transition, likelihood, lengths)
+    asked = []
+
+    def torch_only(like: torch.Tensor, shared: bool) -> chain_steps.Arithmetic:
+        asked.append(shared)
+        return chain_steps._TORCH
+
+    monkeypatch.setattr(chain_scaled, "arithmetic", torch_only)
+    second = chain.marginals(initial, transition, likelihood, lengths)
+    assert asked == [True]
+    torch.testing.assert_close(first.unary, second.unary, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(first.transition, second.transition, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(first.log_evidence, second.log_evidence, rtol=1e-13, atol=0.0)

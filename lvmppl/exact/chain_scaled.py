@@ -12,18 +12,18 @@ Shapes: B sequences, T steps, K states; time is the first axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lvmppl.exact.chain_factors import Chain, columns, pick
+from lvmppl.exact.chain_steps import arithmetic, step_by_step
 
 _LONGEST_STRIDE = 32  # steps between two normalisations, however safe
-_BLOCK = 1 << 15  # entries of consecutive steps worked on together: half of a core's cache, in float64
-_SMALL_STEP = 1 << 20  # multiplications in a step below which a second thread costs more than it saves
+_BLOCK = 1 << 16  # entries of consecutive steps worked on together: half of a core's cache, in float64
 
 
 class Run(NamedTuple):
@@ -56,6 +56,7 @@ class Scaled:
         self.active = [batch] * steps if self.valid is None else [n for n in self.valid.sum(1).tolist() if n]
         self.runs = _runs(self.active, max(1, min(64, _BLOCK // (batch * states))))
         self.tiny = torch.finfo(chain.log_likelihood.dtype).tiny
+        self.arithmetic = arithmetic(chain.log_likelihood, chain.shared)
         self.floor = 64.0 * states**2 * self.tiny ** (2.0 / 3.0)
         self._exponentiate_transition()
         self._exponentiate_likelihood()
@@ -114,8 +115,8 @@ class Scaled:
         self.forward = self._fresh()
         self.forward[0] = self.likelihood[0]
         self.norm = self.likelihood.new_ones(*self.likelihood.shape[:2], 1)
-        product, stride = self._product(), self.stride
-        with self._threads():
+        on, stride = self.arithmetic, self.stride
+        with self._loop():
             for run in self.runs:
                 steps = zip(
                     range(run.start, run.stop),
@@ -127,11 +128,11 @@ class Scaled:
                     strict=True,
                 )
                 for t, source, matrix, target, likelihood, norm in steps:
-                    product(source, matrix, out=target)
-                    target.mul_(likelihood)
+                    on.product(source, matrix, out=target)
+                    on.multiply(target, likelihood, out=target)
                     if t % stride == 0:
-                        torch.sum(target, -1, keepdim=True, out=norm)
-                        target.div_(norm)
+                        on.total(target, norm)
+                        on.divide(target, norm, out=target)
         self.last = (
             self._at_last(self.forward.sum(-1)) if self.valid is not None else self.forward[-1].sum(-1)
         )
@@ -144,16 +145,24 @@ class Scaled:
         norms = torch.ones_like(self.norm)
         torch.sum(upper[0], -1, keepdim=True, out=norms[0])
         upper[0].div_(norms[0])
-        product, state = self._product(), self._with_row(upper[0])
-        with self._threads():
+        on, floor = self.arithmetic, self.floor
+        scratch = torch.empty_like(upper[:1])
+        with self._loop():
             for run in self.runs:
-                state = state[: run.rows]
-                matrices = self._matrices(self.transition, run)
-                steps = zip(matrices, self._during(upper, run), self._during(norms, run), strict=True)
-                for matrix, likelihood, norm in steps:
-                    state = product(state, matrix).add_(self.floor).mul_(likelihood)
-                    torch.sum(state, -1, keepdim=True, out=norm)
-                    state.div_(norm)
+                (target,) = self._during(scratch, Run(0, 1, run.rows))
+                steps = zip(
+                    self._before(upper, run),
+                    self._matrices(self.transition, run),
+                    self._during(upper, run),
+                    self._during(norms, run),
+                    strict=True,
+                )
+                for source, matrix, likelihood, norm in steps:
+                    on.product(source, matrix, out=target)
+                    on.add(target, floor, out=target)
+                    on.multiply(target, likelihood, out=likelihood)
+                    on.total(likelihood, norm)
+                    on.divide(likelihood, norm, out=likelihood)
         above = norms.double().log().sum((0, 2))
         below = self.norm.double().log().sum((0, 2)) + self.last.double().log()
         tolerance = torch.finfo(self.likelihood.dtype).eps * (len(self.active) + 16)
@@ -203,12 +212,12 @@ class Scaled:
         longest = max((run.stop - run.start for run in self.runs), default=0)
         beta, weighted = self.forward.new_zeros(2, longest, *self.forward.shape[1:])
         after = start.clone()
-        product = self._product()
-        with self._threads():
+        on = self.arithmetic
+        with self._loop():
             for run in reversed(self.runs):
                 size = run.stop - run.start
                 here = Run(0, size, run.rows)
-                running = self._with_row(after[: run.rows])
+                (running,) = self._during(after.unsqueeze(0), Run(0, 1, run.rows))
                 steps = zip(
                     reversed(self._during(self.likelihood, run)),
                     reversed(self._during(weighted, here)),
@@ -217,8 +226,8 @@ class Scaled:
                     strict=True,
                 )
                 for likelihood, u, matrix, before in steps:
-                    torch.mul(likelihood, running, out=u)
-                    product(u, matrix, out=before)
+                    on.multiply(likelihood, running, out=u)
+                    on.product(u, matrix, out=before)
                     running = before
                 after[: run.rows] = beta[0, : run.rows]
                 beta[0] = after  # also of the sequences that end here, which start with this step
@@ -263,21 +272,18 @@ class Scaled:
 
     # With a transition of its own for every sequence, a step multiplies rows [n, 1, K] with matrices [n, K, K].
 
-    def _product(self) -> Callable[..., Any]:
-        return torch.mm if self.chain.shared else torch.bmm
-
     def _with_row(self, tensor: Tensor) -> Tensor:
         return tensor if self.chain.shared else tensor.unsqueeze(-2)
 
-    def _during(self, tensor: Tensor, run: Run) -> tuple[Tensor, ...]:
+    def _during(self, tensor: Tensor, run: Run) -> Sequence[Any]:
         """tensor[t] of the sequences that run, for every t of the run; quicker than indexing in the loop."""
-        return self._with_row(tensor[run.start : run.stop, : run.rows]).unbind(0)
+        return self.arithmetic.views(self._with_row(tensor[run.start : run.stop, : run.rows]))
 
-    def _before(self, tensor: Tensor, run: Run) -> tuple[Tensor, ...]:
+    def _before(self, tensor: Tensor, run: Run) -> Sequence[Any]:
         """tensor[t - 1] of the sequences that run, for every t of the run."""
         return self._during(tensor, Run(run.start - 1, run.stop - 1, run.rows))
 
-    def _matrices(self, transition: Tensor, run: Run) -> Sequence[Tensor]:
+    def _matrices(self, transition: Tensor, run: Run) -> Sequence[Any]:
         """The matrix, or matrices, from t - 1 to t for every t of the run."""
         span = slice(0, 1) if self.chain.homogeneous else slice(run.start - 1, run.stop - 1)
         matrices = (
@@ -285,7 +291,7 @@ class Scaled:
             if self.chain.shared
             else transition[: run.rows, span].transpose(0, 1)
         )
-        steps = matrices.unbind(0)
+        steps = self.arithmetic.views(matrices)
         return steps * (run.stop - run.start) if self.chain.homogeneous else steps
 
     def _fresh(self) -> Tensor:
@@ -298,23 +304,8 @@ class Scaled:
             return steps[-1]
         return steps.gather(0, (self.chain.lengths - 1).unsqueeze(0)).squeeze(0)
 
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
-        """The loop over steps runs on one thread when a step is small.
-
-        Starting threads for a small product costs as much as the product, and a hundred times as much when other
-        processes share the cores. What is restored is the calling thread's own number.
-        """
-        threads = torch.get_num_threads()
-        multiplications = self.active[0] * self.likelihood.shape[-1] ** 2
-        if threads == 1 or multiplications > _SMALL_STEP:
-            yield
-            return
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(threads)
+    def _loop(self) -> AbstractContextManager[None]:
+        return step_by_step(self.active[0] * self.likelihood.shape[-1] ** 2)
 
 
 def _runs(active: Sequence[int], longest: int) -> list[Run]:
