@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.elbo import GuideWeights, expectation
 from lvmppl.exact.named import Named
 from lvmppl.fitted import Fit
@@ -75,7 +75,33 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
     frame["gap"] = gap.double().numpy()
     if isinstance(exact, ContinuousPosterior) and exact.layout.local and exact.kind != "exact":
         frame["log_evidence_error"] = exact.log_evidence_error_per_datum.double().numpy()
+    if exact is None and fit.sampled is not None:
+        table = agreement(fit)
+        local = table[table["datum"].notna()].groupby("datum")
+        frame["mean_error"] = frame["datum"].map(local["mean_error"].max())
     return frame
+
+
+def agreement(fit: Fit) -> pd.DataFrame:
+    """How far q is from the draws of the posterior, a row per entry of a continuous site that q draws.
+
+    Columns site, datum, position; mean_error: |E_q z − E_p z| in standard deviations of p; sd_ratio: sd of q over sd of p.
+    """
+    sampled, empty = fit.sampled, ["site", "datum", "position", "mean_error", "sd_ratio"]
+    if sampled is None:
+        return pd.DataFrame(columns=empty)
+    frames = []
+    for site, (mean, sd) in fit.moments.items():
+        trusted = sampled.moments(site)
+        if trusted[0].shape != mean.shape:  # a site whose plates stand in another order
+            continue
+        local = sampled.data_plate in sampled.plates[site]
+        error = (mean - trusted[0]).abs() / trusted[1]
+        frames.append(moment_frame(site, error, sd / trusted[1], local))
+    if not frames:
+        return pd.DataFrame(columns=empty)
+    table = pd.concat(frames, ignore_index=True).rename(columns={"mean": "mean_error", "sd": "sd_ratio"})
+    return table[empty]
 
 
 def total_gap(fit: Fit) -> float:
@@ -87,4 +113,4 @@ def total_gap(fit: Fit) -> float:
     return fit.log_evidence - fit.elbo
 
 
-__all__ = ["gaps", "kl_per_datum", "total_gap"]
+__all__ = ["agreement", "gaps", "kl_per_datum", "total_gap"]

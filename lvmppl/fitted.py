@@ -16,6 +16,7 @@ from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Factor, Variable
 from lvmppl.errors import InputError
 from lvmppl.posteriors import Posterior
+from lvmppl.sampled_posterior import SampledPosterior
 
 HISTORY_COLUMNS = ("restart", "step", "seconds", "objective", "objective_kind")
 _FORMAT = "lvmppl-fit-1"
@@ -37,6 +38,7 @@ class Fit:
     parameters, guide_parameters: θ and λ, constrained. all_history: a row per restart and step; `history` is the best
     restart's. log_evidence: log p(x; θ) of `log_evidence_kind` (`exact`, …, `none`) with its error; elbo: of a fit with
     a guide, else NaN. posterior: the exact one at θ where it exists. restart: the one that was kept.
+    sampled: draws from the posterior at θ, by the algorithm `mcmc` or as the reference of a run.
     """
 
     algorithm: str
@@ -61,12 +63,18 @@ class Fit:
         default_factory=dict
     )  # of q's continuous sites: [2, *shape], mean and sd
     m_step: tuple[MStep, ...] = ()  # EM only
+    sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
 
     @property
     def history(self) -> pd.DataFrame:
         """The best restart's rows of `all_history`."""
         rows = self.all_history[self.all_history["restart"] == self.restart]
         return rows.reset_index(drop=True)
+
+    @property
+    def draws(self) -> Mapping[str, Tensor]:
+        """Draws of each continuous site by Markov chains, [chains, samples, *plates, *event]; empty without any."""
+        return {} if self.sampled is None else self.sampled.draws
 
     def save(self, path: str | Path) -> None:
         """Write the fit to one safetensors file; `load_fit` reads it back.
@@ -96,6 +104,7 @@ class Fit:
         meta["history"] = {c: self.all_history[c].tolist() for c in self.all_history.columns}
         meta["posterior"] = _pack_posterior(self.posterior, "posterior", tensors)
         meta["variational"] = _pack_posterior(self.variational, "variational", tensors)
+        meta["sampled"] = _pack_sampled(self.sampled, tensors)
         save_file(tensors, str(path), metadata={"format": _FORMAT, "fit": json.dumps(meta)})
 
 
@@ -120,10 +129,8 @@ def load_fit(path: str | Path) -> Fit:
     m_step = tuple(MStep(*step) for step in meta.pop("m_step", ()))
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
-    groups = {
-        g: {k[len(g) + 1 :]: v for k, v in tensors.items() if k.startswith(g + "/")}
-        for g in ("theta", "lambda", "q")
-    }
+    sampled = _unpack_sampled(meta.pop("sampled", None), tensors)
+    groups = {g: _group(f"{g}/", tensors) for g in ("theta", "lambda", "q")}
     return Fit(
         **meta,
         parameters=groups["theta"],
@@ -132,6 +139,7 @@ def load_fit(path: str | Path) -> Fit:
         variational=variational,
         all_history=history,
         m_step=m_step,
+        sampled=sampled,
         elbo_per_datum=tensors.get("elbo_per_datum"),
         posterior=posterior,
     )
@@ -190,6 +198,27 @@ def _unpack_posterior(meta: Any, key: str, tensors: Mapping[str, Tensor]) -> Pos
         for v in meta["variables"]
     }
     return Posterior(factors, variables, meta["plate_sizes"], meta["data_plate"], meta["engine"])
+
+
+def _pack_sampled(sampled: SampledPosterior | None, tensors: dict[str, Tensor]) -> Any:
+    if sampled is None:
+        return None
+    for group, values in (("draws", sampled.draws), ("states", sampled.state_probabilities)):
+        tensors.update({f"sampled/{group}/{k}": v.contiguous().clone() for k, v in values.items()})
+    plates = {name: list(names) for name, names in sampled.plates.items()}
+    return {"plates": plates, "data_plate": sampled.data_plate, "divergences": sampled.divergences}
+
+
+def _unpack_sampled(meta: Any, tensors: Mapping[str, Tensor]) -> SampledPosterior | None:
+    if meta is None:
+        return None
+    draws, states = (_group(f"sampled/{group}/", tensors) for group in ("draws", "states"))
+    plates = {name: tuple(names) for name, names in meta["plates"].items()}
+    return SampledPosterior(draws, states, plates, meta["data_plate"], meta["divergences"])
+
+
+def _group(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def history_frame(rows: list[dict[str, Any]]) -> pd.DataFrame:

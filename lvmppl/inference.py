@@ -37,8 +37,9 @@ def fit(
     """Fit θ (and λ) of a model written in Pyro; every option of the YAML is a keyword.
 
     model: any callable that takes the data as keywords. data: tensors (or arrays) that share their first axis, the rows.
-    algorithm: `em`, `enumeration`, `vem` or `svi`. guide: for vem and svi; a guide with a parameter `model` is built from
-    the model first, as Pyro's autoguides are. start_from: an earlier fit whose parameters are this one's start.
+    algorithm: `em`, `enumeration`, `vem`, `svi`, or `mcmc`, which holds θ at its start and draws from the posterior.
+    guide: for vem and svi; a guide with a parameter `model` is built from the model first, as Pyro's autoguides are.
+    start_from: an earlier fit whose parameters are this one's start.
 
     The dtype is that of the floating data, else torch's default. Nothing global survives the call.
 
@@ -54,9 +55,9 @@ def fit(
             "none",
             "pass guide=…, such as lvmppl.guides' categorical",
         )
-    if algorithm in ("em", "enumeration") and guide is not None:
+    if algorithm in ("em", "enumeration", "mcmc") and guide is not None:
         raise InputError(
-            f"fit(algorithm='{algorithm}')", "no guide: the posterior is exact", "a guide", "leave it out"
+            f"fit(algorithm='{algorithm}')", "no guide", "a guide", "leave it out, or use vem or svi"
         )
     tensors = as_tensors(data)
     with isolated(derive_seed(seed, "fit"), dtype_of(tensors)):

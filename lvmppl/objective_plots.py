@@ -167,7 +167,7 @@ def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: in
 def _evidence_line(axes: Axes, kind: str, steps: Reals, curve: Reals, end: pd.Series) -> None:
     """The log evidence at the fit's final θ, and for an ELBO the gap below it."""
     line, gap = float(end["log_evidence"]), float(end["gap"])
-    if not np.isfinite(line):
+    if not np.isfinite(line) or kind == "log_joint":  # the height of one point, which no integral bounds
         return
     sort = str(end["log_evidence_kind"]).replace("_", " ")
     name = "exact log evidence" if sort == "exact" else f"log evidence ({sort})"

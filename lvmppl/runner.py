@@ -23,6 +23,7 @@ from lvmppl import catalogue, data, plots, report, tables
 from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.heldout import score_rows
+from lvmppl.algorithms.mcmc import add_reference, joined, require_continuous, with_draws
 from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem, require_enumerated
 from lvmppl.compare import gaps, total_gap
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
@@ -30,7 +31,8 @@ from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError, IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
-from lvmppl.options import Options
+from lvmppl.options import MCMCOptions, Options
+from lvmppl.sampled_posterior import MIN_DRAWS
 from lvmppl.spec import Experiment, load_experiment, to_yaml
 
 SMOKE_STEPS = 3
@@ -71,6 +73,7 @@ class _Plan:
     dtype: torch.dtype
     builders: dict[str, Callable[[Mapping[str, Fit], Progress], Problem]]
     options: dict[str, Options]
+    reference: MCMCOptions | None = None
 
 
 def run(
@@ -134,6 +137,8 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
         lines.append(("exact engine", True, _engine(problems[order[0]])))
         for name in order:
             lines.append((f"fit {name}", *_try_fit(problems[name], plan.options[name])))
+        if plan.reference is not None:
+            lines.append(("reference", *_try_fit(replace(problems[order[0]], guided=None), plan.reference)))
     return lines
 
 
@@ -160,7 +165,8 @@ def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
         raise
     except Exception as error:  # what a run would put into the summary as a failed fit
         return False, _one_line(error)
-    what = f"guide {fit.guide}, ELBO" if problem.guided else "log evidence"
+    kind = "log joint" if options.algorithm == "mcmc" else "log evidence"
+    what = f"guide {fit.guide}, ELBO" if problem.guided else kind
     text = f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
     steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in fit.m_step)
     return fit.status != "diverged", f"{text}; M-step {steps}" if steps else text
@@ -175,6 +181,10 @@ def _cut(options: Options, steps: int) -> dict[str, Any]:
     cut: dict[str, Any] = {}
     if "max_steps" in fields:
         cut["max_steps"] = min(steps, getattr(options, "max_steps", steps))
+    if "num_samples" in fields:
+        draws = 1 if steps == 1 else MIN_DRAWS
+        cut["num_samples"] = min(draws, getattr(options, "num_samples", draws))
+        cut["warmup"] = min(draws, getattr(options, "warmup", draws))
     if "restarts" in fields:
         cut["restarts"] = 1 if steps == 1 else min(2, getattr(options, "restarts", 1))
     return cut
@@ -190,10 +200,6 @@ def _dtype(experiment: Experiment) -> torch.dtype:
 def _prepare(experiment: Experiment, base: Path, smoke: bool) -> _Plan:
     dtype = _dtype(experiment)
     dataset = data.load(experiment.data, base, dtype, derive_seed(experiment.seed, "split") % 2**32)
-    if "mcmc" in {o.algorithm for o in experiment.fits.values()} or experiment.reference is not None:
-        raise InputError(
-            "mcmc", "an algorithm of this version (em, enumeration, vem, svi)", "mcmc", "leave it out"
-        )
     spec = experiment.model
     function = catalogue.resolve(spec.use, "model.use", base, "model")
     catalogue.check_arguments(function, spec.args, tuple(dataset.tensors), "model.args")
@@ -201,7 +207,10 @@ def _prepare(experiment: Experiment, base: Path, smoke: bool) -> _Plan:
     options = {
         n: o.model_copy(update=_cut(o, SMOKE_STEPS)) if smoke else o for n, o in experiment.fits.items()
     }
-    plan = _Plan(experiment, base, dataset, model, dtype, {}, options)
+    reference = experiment.reference
+    if smoke and reference is not None:
+        reference = reference.model_copy(update=_cut(reference, SMOKE_STEPS))
+    plan = _Plan(experiment, base, dataset, model, dtype, {}, options, reference)
     for name, option in options.items():
         plan.builders[name] = _builder(plan, name, option)
     return plan
@@ -288,6 +297,8 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
             algorithm = plan.options[name].algorithm
             if algorithm in ("em", "enumeration"):
                 require_enumerated(problems[name], algorithm)
+            if algorithm == "mcmc":
+                require_continuous(problems[name])
             batch = getattr(plan.options[name], "batch_size", None)
             if batch is not None and problems[name].data_plate is None:
                 raise InputError(
@@ -295,6 +306,13 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
                 )
         except InputError as error:
             raise _within(where, error) from error
+    if plan.experiment.reference is not None:
+        try:
+            require_continuous(problems[order[0]])
+        except InputError as error:
+            raise InputError(
+                "reference", error.expected, error.got, "leave it out: the posterior is exact"
+            ) from error
     plate = problems[order[0]].data_plate
     if plan.experiment.data.test_fraction and plate is None:
         raise InputError(
@@ -328,7 +346,7 @@ def _run_fits(
                 )
             problem = plan.builders[name]({n: f for n, (_, f) in finished.items()}, progress)
             fit = INFER[plan.options[name].algorithm](problem, plan.options[name])
-            finished[name] = (problem, fit)
+            finished[name] = (problem, _with_reference(plan, problem, fit, finished))
             progress.done(name, fit.steps, fit.elbo if problem.guided else fit.log_evidence, fit.status)
         except KeyboardInterrupt:
             return finished, failures, name
@@ -336,6 +354,30 @@ def _run_fits(
             failures[name] = _one_line(error)
             progress.finish("failed")
     return finished, failures, None
+
+
+def _with_reference(
+    plan: _Plan, problem: Problem, fit: Fit, finished: Mapping[str, tuple[Problem, Fit]]
+) -> Fit:
+    """The fit with the experiment's reference posterior at its θ; fits of equal θ share one."""
+    options = plan.reference
+    if options is None or fit.sampled is not None or fit.status == "diverged":
+        return fit
+    for _, other in finished.values():
+        if (
+            other.algorithm != "mcmc"
+            and other.sampled is not None
+            and _same(fit.parameters, other.parameters)
+        ):
+            return with_draws(fit, other.sampled)
+    try:
+        return add_reference(problem, fit, options)
+    except Exception as error:  # the fit itself has gone well
+        return replace(fit, message=joined(fit.message, f"reference failed: {_one_line(error)}"))
+
+
+def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    return all(torch.equal(value, second[name]) for name, value in first.items())
 
 
 def _collect(
@@ -408,7 +450,14 @@ def _summary_row(
         "test_log_evidence": test_evidence,
         "test_elbo": test_elbo,
         "message": fit.message,
+        **_chain_columns(fit),
     }
+
+
+def _chain_columns(fit: Fit) -> dict[str, Any]:
+    """What the summary says of the chains behind a fit's draws, where there are some."""
+    found = fit.sampled
+    return {} if found is None else {"rhat": found.rhat, "ess": found.ess, "divergences": found.divergences}
 
 
 def _labelled(frame: pd.DataFrame, name: str) -> pd.DataFrame:
@@ -432,8 +481,10 @@ def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
 
 
 def _posterior_rows(name: str, fit: Fit) -> list[pd.DataFrame]:
-    """Rows of kind exact and variational, datum numbered within the training rows."""
+    """Rows of kind exact, variational and mcmc, datum numbered within the training rows."""
     frames = []
+    if fit.sampled is not None:
+        frames.append(fit.sampled.to_frame().assign(fit=name, kind="mcmc"))
     for kind, found in (("exact", fit.posterior), ("variational", fit.variational)):
         if found is not None and (found.variables or isinstance(found, ContinuousPosterior)):
             frames.append(found.to_frame().assign(fit=name, kind=kind))

@@ -71,6 +71,9 @@ EXTENDABLE = frozenset(
     {"history", "gaps"}
 )  # what an algorithm logs, and the parts of a gap, follow the contract's columns
 
+# columns that follow the contract's where a run has them: what Markov chains say of their draws
+OPTIONAL: Mapping[str, Mapping[str, str]] = {"summary": {"rhat": REAL, "ess": REAL, "divergences": INTEGER}}
+
 CSV_ROWS = 10**6
 
 POINTS = 5000  # what a picture shows of a longer table
@@ -85,12 +88,13 @@ def validate(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as table `name` of the contract: its columns in order with their dtypes, rows numbered from
     0.
 
-    `history` and `gaps` may have columns of their own, which follow. Raises AssertionError, the caller being
-    wrong, for an unknown table, missing, extra or repeated columns, values that are not of a column's dtype,
-    and unknown words.
+    `history` and `gaps` may have columns of their own, which follow, and the summary those of `OPTIONAL`. Raises
+    AssertionError, the caller being wrong, for an unknown table, missing, extra or repeated columns, values that
+    are not of a column's dtype, and unknown words.
     """
     assert name in SCHEMAS, f"tables: expected one of {', '.join(SCHEMAS)}, got {name!r}"
-    schema = SCHEMAS[name]
+    optional = {c: dtype for c, dtype in OPTIONAL.get(name, {}).items() if c in frame.columns}
+    schema = {**SCHEMAS[name], **optional}
     assert frame.columns.is_unique, f"{name}: expected each column once, got {list(frame.columns)}"
     missing = [c for c in schema if c not in frame.columns]
     extra = [c for c in frame.columns if c not in schema]

@@ -175,3 +175,9 @@ def test_thin_out_keeps_the_same_rows_in_every_fit() -> None:
     assert all(other == first for other in pairs.values())
     assert {1, 59} <= set(shown["datum"]) and set(shown["site"]) == {"z", "h"}
     pd.testing.assert_frame_equal(tables.thin_out(frame, keep=[59, 1], limit=20)[0], shown)
+
+
+def test_columns_of_chains_follow_the_contracts_in_the_summary() -> None:
+    frame = tables.empty("summary").assign(divergences=pd.Series(dtype="Int64"), rhat=pd.Series(dtype=float))
+    found = tables.validate("summary", frame)
+    assert list(found) == [*tables.SCHEMAS["summary"], "rhat", "divergences"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lvmppl.algorithms import em, enumeration, svi, vem
+from lvmppl.algorithms import em, enumeration, mcmc, svi, vem
 from lvmppl.fitted import Fit
 
 INFER: dict[str, Callable[[Any, Any], Fit]] = {
@@ -13,4 +13,5 @@ INFER: dict[str, Callable[[Any, Any], Fit]] = {
     "em": em.infer,
     "vem": vem.infer,
     "svi": svi.infer,
+    "mcmc": mcmc.infer,
 }

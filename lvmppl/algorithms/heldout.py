@@ -13,6 +13,7 @@ from lvmppl.algorithms import vem
 from lvmppl.algorithms.outcome import evaluate
 from lvmppl.algorithms.problem import Problem, build_problem
 from lvmppl.density import unvalidated
+from lvmppl.errors import IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.options import VEMOptions
 
@@ -38,8 +39,10 @@ def score_rows(
         seed=problem.seed,
     )
     if fresh.guided is None:
-        score = evaluate(fresh, fresh.initial)
-        return score.log_evidence, math.nan
+        try:
+            return evaluate(fresh, fresh.initial).log_evidence, math.nan
+        except IntractableError:
+            return math.nan, math.nan
     own = {
         n: v
         for n, v in fit.guide_parameters.items()

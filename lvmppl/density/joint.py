@@ -66,7 +66,8 @@ class Joint:
 
         points: by site, [S, *batch, *event], where batch has all `nesting` plate axes (size 1 where it has none). Factors
         that depend on the points have a leading axis named `POINTS`. Points that differ between states of enumerated
-        sites have axes left of S, named by `configurations` (batch axis → site).
+        sites have axes left of S, named by `configurations` (batch axis → site). A single point may stand without S and
+        all axes left of its own, as the model would draw it.
         """
         rows = rows or Rows(num_rows(data))
         parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
