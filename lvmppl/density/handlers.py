@@ -89,6 +89,18 @@ class EnumerateFinite(Messenger):
             msg["infer"]["enumerate"] = "parallel"
 
 
+class LeaveToGuide(Messenger):
+    """Keeps the model from enumerating sites that stand in the guide's trace."""
+
+    def __init__(self, guide_trace: Any) -> None:
+        super().__init__()
+        self.sites = guide_trace.nodes
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["name"] in self.sites:
+            msg["infer"].pop("enumerate", None)
+
+
 class Hold(Messenger):
     """Holds latent sites at given values."""
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from pyro import poutine
 
 from lvmppl.density.discovery import num_rows
 from lvmppl.density.factors import build_evaluation, build_views
-from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, Parameters
+from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, LeaveToGuide, Parameters
 from lvmppl.density.programs import Program, swapped_modules
 from lvmppl.density.structure import POINTS, Evaluation, ParameterSpec, Rows, SiteView, Structure, Values
 
@@ -37,6 +38,17 @@ class Joint:
         with poutine.enum(first_available_dim=self.first_available_dim), EnumerateChains():
             yield
 
+    @contextmanager
+    def _replayed(self, guide_trace: Any) -> Iterator[None]:
+        """The model at the guide's values, its other enumerated sites enumerated.
+
+        Enumeration sees every site before its value is replayed, as in Pyro's TraceEnum_ELBO: it notes on which
+        enumerated sites a drawn one depends. The outer `EnumerateChains` serves chains that the guide enumerates.
+        """
+        replay, left = poutine.replay(trace=guide_trace), LeaveToGuide(guide_trace)
+        with EnumerateChains(), replay, poutine.enum(), EnumerateChains(), left:
+            yield
+
     def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
         rows = rows or Rows(num_rows(data))
@@ -49,8 +61,7 @@ class Joint:
                 return build_evaluation(model_trace.trace, None, rows, self.structure, names)
             with poutine.trace() as guide_trace, self._enumeration(), EnumerateFinite():
                 self.guide(data, values)
-            replay = poutine.replay(trace=guide_trace.trace)
-            with poutine.trace() as model_trace, poutine.enum(), EnumerateChains(), replay:
+            with poutine.trace() as model_trace, self._replayed(guide_trace.trace):
                 self.model(data, values)
         return build_evaluation(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 

@@ -1,0 +1,117 @@
+"""Guides that draw a site below an enumerated one: which sites they list, in which order, and what is reported of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+from lvmppl.algorithms.problem import build_problem
+from lvmppl.density import Evaluation, isolated
+from lvmppl.elbo import elbo
+from lvmppl.guides.variational import variational
+
+F64 = torch.float64
+X = torch.tensor([-1.5, 0.2, 2.4, 1.1, -0.3], dtype=F64)
+WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=F64)
+LOC = torch.tensor([-2.0, 0.5, 2.0], dtype=F64)
+
+
+def normal(value: Tensor, loc: Any, scale: float) -> Tensor:
+    return torch.distributions.Normal(torch.as_tensor(loc, dtype=F64), scale).log_prob(value)
+
+
+def chosen_mean(x: Tensor) -> None:
+    """a chooses the mean of y, which is seen through noise."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Categorical(WEIGHTS), infer={"enumerate": "parallel"})
+        y = pyro.sample("y", dist.Normal(LOC[a], 1.0))
+        pyro.sample("x", dist.Normal(y, 0.5), obs=x)
+
+
+def drawn_only(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(0.8 * x, 0.4))
+
+
+def drawn_first(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(0.8 * x, 0.4))
+        pyro.sample("a", dist.Categorical(torch.tensor([0.1, 0.3, 0.6])))
+
+
+def evaluated(
+    model: Callable[..., Any], guide: Callable[..., Any], data: dict[str, Tensor], **args: Any
+) -> tuple[Evaluation, Tensor]:
+    """One evaluation of model and guide at their start, and its ELBO a datum."""
+    with isolated(3, F64):
+        built = guide is AutoNormal or guide is variational
+        problem = build_problem("fit", model, data, guide=guide, guide_takes_model=built, guide_args=args)
+        assert problem.guided is not None
+        evaluation = problem.guided.evaluate(data, problem.initial)
+        per_datum = elbo(evaluation, problem.data_plate).per_datum
+    assert per_datum is not None
+    return evaluation, per_datum
+
+
+@pytest.mark.parametrize("guide", [drawn_only, AutoNormal, variational])
+def test_elbo_without_an_enumerated_site_above_a_drawn_one_equals_its_sum_at_the_draw(guide: Any) -> None:
+    """log Σ_a p(a) p(y | a) + log p(x | y) − log q(y) at the drawn y."""
+    args: dict[str, Any] = {"head": {"a": "summed"}} if guide is variational else {}
+    evaluation, found = evaluated(chosen_mean, guide, {"x": X}, **args)
+    y = evaluation.samples["y"]
+    parts = [
+        f.log_prob.expand(5) for f in evaluation.guide_factors
+    ]  # of an autoguide: the draw and its value
+    log_q = torch.stack(parts).sum(0)
+    if guide is drawn_only:
+        torch.testing.assert_close(log_q, normal(y, 0.8 * X, 0.4), rtol=1e-12, atol=1e-12)
+    prior = torch.logsumexp(WEIGHTS.log() + normal(y[:, None], LOC, 1.0), -1)
+    torch.testing.assert_close(found, prior + normal(X, y, 0.5) - log_q, rtol=1e-10, atol=1e-12)
+
+
+def test_elbo_with_an_enumerated_site_listed_after_the_drawn_one_equals_its_sum_at_the_draw() -> None:
+    """Σ_a q(a) [log p(a) + log p(y | a) − log q(a)] + log p(x | y) − log q(y) at the drawn y."""
+    evaluation, found = evaluated(chosen_mean, drawn_first, {"x": X})
+    y, q = evaluation.samples["y"], torch.tensor([0.1, 0.3, 0.6], dtype=F64)
+    inner = (q * (WEIGHTS.log() + normal(y[:, None], LOC, 1.0) - q.log())).sum(-1)
+    expected = inner + normal(X, y, 0.5) - normal(y, 0.8 * X, 0.4)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+MOVES = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4], [0.25, 0.25, 0.5]], dtype=F64)
+
+
+def switching(x: Tensor) -> None:
+    """A regime z_t in a `pyro.markov` loop chooses the mean of y_t, which is seen through noise."""
+    with pyro.plate("data", len(x)):
+        z: Any = None
+        for t in pyro.markov(range(x.shape[1])):
+            row = WEIGHTS if z is None else MOVES[z]
+            z = pyro.sample(f"z{t}", dist.Categorical(row), infer={"enumerate": "parallel"})
+            y = pyro.sample(f"y{t}", dist.Normal(LOC[z], 1.0))
+            pyro.sample(f"x{t}", dist.Normal(y, 0.5), obs=x[:, t])
+
+
+def test_elbo_with_drawn_sites_in_a_markov_loop_equals_brute_force_at_the_draw() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            for t in pyro.markov(range(x.shape[1])):
+                pyro.sample(f"y{t}", dist.Normal(0.8 * x[:, t], 0.4))
+
+    x = torch.stack([X, X.flip(0), 0.5 - X, X + 1.0], -1)  # [5, 4]
+    evaluation, found = evaluated(switching, guide, {"x": x})
+    y = torch.stack([evaluation.samples[f"y{t}"] for t in range(4)], -1)
+    paths = []
+    for path in itertools.product(range(3), repeat=4):
+        prior = WEIGHTS[path[0]].log() + sum(MOVES[a, b].log() for a, b in itertools.pairwise(path))
+        paths.append(prior + normal(y, LOC[list(path)], 1.0).sum(-1))
+    rest = (normal(x, y, 0.5) - normal(y, 0.8 * x, 0.4)).sum(-1)
+    torch.testing.assert_close(found, torch.logsumexp(torch.stack(paths), 0) + rest, rtol=1e-10, atol=1e-12)
