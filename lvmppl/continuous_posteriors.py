@@ -50,6 +50,10 @@ class Path:
     def entropy(self) -> Tensor:
         return self.posterior.entropy
 
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        paths, weights = self.posterior.nodes()
+        return paths.flatten(-2), weights
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         return self.posterior.sample(n, generator).flatten(-2)
 
@@ -65,6 +69,7 @@ class ContinuousPosterior:
     """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
 
     kind: `exact` or `quadrature`; log_evidence_error bounds the absolute error of the total (0 for the Gaussian).
+    constant: what factors outside of the data plate add to the log evidence, where rows are data.
     """
 
     kernel: Kernel
@@ -72,6 +77,7 @@ class ContinuousPosterior:
     variables: Mapping[str, Variable]
     data_plate: str | None
     engine: str
+    constant: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -80,6 +86,12 @@ class ContinuousPosterior:
     @property
     def _lead(self) -> tuple[int, ...]:
         return tuple(range(len(self.layout.discrete)))
+
+    @property
+    def row_dims(self) -> tuple[str, ...]:
+        """Names of the axes of a row: the enumerated sites, and the data plate where rows are data."""
+        plate = (self.data_plate,) if self.layout.local and self.data_plate is not None else ()
+        return (*self.layout.discrete, *plate)
 
     @property
     def _by_row(self) -> Tensor:
@@ -92,7 +104,7 @@ class ContinuousPosterior:
     @property
     def log_evidence(self) -> float:
         """log p(x; θ) summed over all data."""
-        return float(self._by_row.sum())
+        return float(self._by_row.sum()) + self.constant
 
     @property
     def log_evidence_per_datum(self) -> Tensor | None:
@@ -121,6 +133,14 @@ class ContinuousPosterior:
         table = self.kernel.log_evidence.detach()
         total = self._by_row.reshape(table.shape[len(self._lead) :])
         return torch.where(torch.isfinite(total), (table - total.nan_to_num(neginf=0.0)).exp(), 0.0)
+
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """Points z [S, *C, N, d] and weights [S, *C, N]: E_post[f(z, c)] = Σ_{s, c} w_{s, c} f(z_{s, c}, c).
+
+        Exact for every f that is quadratic in z (for paths: in neighbouring steps), or as exact as the quadrature.
+        """
+        points, weights = self.kernel.nodes()
+        return points, weights * self._weights
 
     # --------------------------------------------------------------------------------------------- marginals
 

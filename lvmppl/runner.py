@@ -21,10 +21,10 @@ from torch import Tensor
 
 from lvmppl import catalogue, data, plots, report, tables
 from lvmppl.algorithms import INFER
-from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.mcmc import add_reference, joined, require_continuous, with_draws
-from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem, require_enumerated
+from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem
 from lvmppl.compare import gaps, total_gap
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.density import derive_seed, isolated
@@ -296,7 +296,7 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
             problems[name] = plan.builders[name]({}, Silent())
             algorithm = plan.options[name].algorithm
             if algorithm in ("em", "enumeration"):
-                require_enumerated(problems[name], algorithm)
+                require_exact(problems[name], algorithm)
             if algorithm == "mcmc":
                 require_continuous(problems[name])
             batch = getattr(plan.options[name], "batch_size", None)

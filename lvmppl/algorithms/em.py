@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
+from lvmppl.algorithms.evidence import require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified, working_dtype
 from lvmppl.algorithms.outcome import finish
-from lvmppl.algorithms.problem import Problem, require_enumerated
+from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
@@ -36,9 +37,9 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
     """Fit θ by EM; restarts one after the other, the best kept.
 
     Raises:
-        IntractableError: a latent site is not enumerated, so the E-step is not exact.
+        IntractableError: the posterior of a latent site is not to be had exactly.
     """
-    require_enumerated(problem, "em")
+    require_exact(problem, "em")
     with unvalidated():
         run = _Run(problem, options, plan_m_step(problem))
         done = run_restarts(problem, options.restarts, options.max_steps, run.restart)

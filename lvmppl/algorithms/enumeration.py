@@ -21,9 +21,9 @@ from lvmppl.algorithms.ascent import (
     run_restarts,
     set_rate,
 )
-from lvmppl.algorithms.evidence import log_evidence
+from lvmppl.algorithms.evidence import log_evidence, require_exact
 from lvmppl.algorithms.outcome import finish
-from lvmppl.algorithms.problem import Problem, require_enumerated
+from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
 from lvmppl.density import Coordinates, unvalidated
 from lvmppl.fitted import Fit
@@ -34,9 +34,9 @@ def infer(problem: Problem, options: EnumerationOptions) -> Fit:
     """Maximise Σₙ log p(x⁽ⁿ⁾; θ) over θ by its exact gradient.
 
     Raises:
-        IntractableError: a latent site is not enumerated.
+        IntractableError: the posterior of a latent site is not to be had exactly.
     """
-    require_enumerated(problem, "enumeration")
+    require_exact(problem, "enumeration")
     with unvalidated():
         done = run_restarts(
             problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,11 +12,15 @@ from torch import Tensor
 from lvmppl.algorithms.problem import Problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Factor, Rows, Values
+from lvmppl.errors import IntractableError
+from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
+from lvmppl.exact.named import log_sum_exp
 from lvmppl.posteriors import Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
+_FEW_ROWS = 3
 
 
 def chunks(problem: Problem) -> Iterator[tuple[Values, Rows]]:
@@ -40,16 +46,40 @@ def is_chunkable(problem: Problem) -> bool:
 
 
 def log_evidence(problem: Problem, values: Values) -> Tensor:
-    """Σₙ log p(x⁽ⁿ⁾; θ) (a scalar tensor; differentiable if `values` are)."""
+    """Σₙ log p(x⁽ⁿ⁾; θ), plus the log-priors of parameters that have one (a scalar tensor; differentiable if `values` are)."""
     total: Tensor | None = None
     for data, rows in chunks(problem):
-        evaluation = problem.model.evaluate(data, values, rows)
-        part = eliminate(
-            evaluation.factors, evaluation.variables, evaluation.plate_sizes, problem.data_plate
-        ).total
+        if problem.integrates:
+            part = _integrated(problem, data, values, rows)
+        else:
+            evaluation = problem.model.evaluate(data, values, rows)
+            part = eliminate(
+                evaluation.factors, evaluation.variables, evaluation.plate_sizes, problem.data_plate
+            ).total
         total = part if total is None else total + part
     assert total is not None
     return total
+
+
+def _integrated(problem: Problem, data: Values, values: Values, rows: Rows) -> Tensor:
+    """The same by a continuous engine, whose gradient is E_post[∇θ log p(x, z; θ)] over its points."""
+    posterior = continuous_posterior(problem.model, data, values)
+    table = posterior.kernel.log_evidence
+    for _ in posterior.layout.discrete:
+        table = log_sum_exp(table, 0)
+    total = table.sum()
+    if any(problem.data_plate not in s.plates for s in problem.model.structure.sites.values()):
+        evaluation = problem.model.evaluate(data, values, rows)
+        total = total + constant_part(problem.model, evaluation, posterior.layout)
+        total = total + log_prior(problem, evaluation.factors)
+    return total
+
+
+def log_prior(problem: Problem, factors: Iterable[Factor]) -> Tensor:
+    """Σ log p(θ) over the parameters that are sites of the model: a scalar."""
+    sites = problem.model.structure.sites
+    parts = [f.log_prob.sum() for f in factors if f.site in sites and sites[f.site].kind == "parameter"]
+    return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
 def exact_posterior(problem: Problem, values: Values) -> Posterior | ContinuousPosterior:
@@ -58,7 +88,7 @@ def exact_posterior(problem: Problem, values: Values) -> Posterior | ContinuousP
     Raises:
         IntractableError: none does; names the sites in the way and what to use instead.
     """
-    if any(s.kind == "latent" for s in problem.model.structure.sites.values()):
+    if problem.integrates:
         with torch.no_grad():
             return continuous_posterior(problem.model, problem.data, values)
     return _enumerated_posterior(problem, values)
@@ -69,7 +99,9 @@ def _enumerated_posterior(problem: Problem, values: Values) -> Posterior:
     with torch.no_grad():
         for data, rows in chunks(problem):
             last = problem.model.evaluate(data, values, rows)
-            parts.append(last.factors)
+            sites = problem.model.structure.sites
+            own = (f for f in last.factors if f.site not in sites or sites[f.site].kind != "parameter")
+            parts.append(tuple(own))
     sizes = dict(last.plate_sizes)
     plate = problem.data_plate
     if plate is not None:
@@ -93,3 +125,19 @@ def _join(pieces: list[Factor], plate: str | None) -> Factor:
         scale = torch.cat([p.scale for p in pieces if isinstance(p.scale, Tensor)], at)
     joined = torch.cat(tensors, axis)
     return Factor(first.site, joined, first.dims, first.plates, scale, first.scale_dims, first.observed)
+
+
+def require_exact(problem: Problem, algorithm: str) -> None:
+    """Exact algorithms need an exact posterior; tried at the start values on a few rows where these can be taken apart.
+
+    Raises:
+        IntractableError: there is none; names the sites in the way.
+    """
+    if not problem.integrates:
+        return
+    few = {k: v[:_FEW_ROWS] for k, v in problem.data.items()} if is_chunkable(problem) else problem.data
+    try:
+        exact_posterior(replace(problem, data=few), problem.initial)
+    except IntractableError as error:
+        where = f"fit '{problem.name}', algorithm {algorithm}"
+        raise IntractableError(where, error.expected, error.got, error.fix) from error

@@ -5,43 +5,86 @@ The E-step gives q_s = ∂ log Z/∂ f_s, posterior probabilities at each factor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, detached, maximise_lbfgs
 from lvmppl.algorithms.closed_form import ClosedSite
-from lvmppl.algorithms.evidence import chunks
+from lvmppl.algorithms.evidence import chunks, log_prior
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics, accumulate, add_statistics
-from lvmppl.density import Coordinates, Evaluation, Factor, SiteView, Values
+from lvmppl.density import POINTS, Coordinates, Evaluation, Factor, Joint, SiteView, Values
+from lvmppl.exact.continuous import held_at
 from lvmppl.exact.elimination import eliminate
-from lvmppl.exact.named import Named
+from lvmppl.exact.engine import continuous_posterior
+from lvmppl.exact.named import Named, align
 from lvmppl.exponential import read_factor
 
-Weights = list[dict[str, Tensor]]
-"""One dictionary a chunk of the data: q_s by site."""
+
+
+class Piece(NamedTuple):
+    """The E-step of one piece of the data: q_s by site, and the model at the points of continuous sites that q_s weighs.
+
+    For finitely many states q_s = ∂ log Z/∂ f_s; a continuous posterior comes as points z_i and weights w_i with
+    E_post[f] = Σ_i w_i f(z_i), and q_s is w summed to the axes of f_s(z; θ).
+    """
+
+    q: dict[str, Tensor]
+    model: Joint
+
+
+Weights = list[Piece]
+"""A piece of the data each."""
 
 
 def e_step(
     problem: Problem, values: Values, sites: Sequence[ClosedSite] = (), keep_weights: bool = True
 ) -> tuple[float, Weights, dict[str, Statistics]]:
-    """log p(x; θ), the weights q_s of every factor, and the expected statistics of `sites`, exactly."""
+    """log p(x; θ) (times the priors of θ), the weights q_s of every factor, and the expected statistics of `sites`."""
     total: float = 0.0
     weights: Weights = []
     statistics: dict[str, Statistics] = {}
     for data, rows in chunks(problem):
+        posterior = None
+        model: Joint = problem.model
+        if problem.integrates:
+            with torch.no_grad():
+                posterior = continuous_posterior(problem.model, data, values)
+            z, w = posterior.nodes()
+            model = held_at(problem.model, posterior.layout, z)
         with torch.no_grad():
-            views, evaluation = problem.model.view(data, values, rows)
+            views, evaluation = model.view(data, values, rows)
             evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
-        value, grads = factor_weights(evaluation, problem.data_plate)
+        if posterior is None:
+            value, q = factor_weights(evaluation, problem.data_plate)
+        else:
+            value = posterior.log_evidence + float(log_prior(problem, evaluation.factors))
+            q = point_weights(evaluation, Named(w, (POINTS, *posterior.row_dims)))
         total += value
         if keep_weights:
-            weights.append(grads)
-        add_up(views, evaluation, grads, sites, statistics)
+            weights.append(Piece(q, model))
+        add_up(views, evaluation, q, sites, statistics)
     return total, weights, statistics
+
+
+def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
+    """Weights of points summed to the axes of each factor, plates that a factor does not vary along multiplied out."""
+    result = {}
+    for factor in evaluation.factors:
+        own = [i for i, d in enumerate(weights.dims) if d not in factor.dims]
+        kept = tuple(d for d in weights.dims if d in factor.dims)
+        outside = [d for d in weights.dims if d in evaluation.plate_sizes and d not in factor.plates]
+        summed = Named(weights.tensor.sum(own) if own else weights.tensor, kept)
+        repeats = [p for p in factor.plates if p not in factor.dims and p not in weights.dims]
+        number = math.prod(evaluation.plate_sizes[p] for p in repeats)
+        number /= math.prod(evaluation.plate_sizes[p] for p in outside)
+        result[factor.site] = number * align(summed, factor.dims).expand(factor.log_prob.shape)
+    return result
 
 
 def add_up(
@@ -89,8 +132,8 @@ def weighted(factors: Sequence[Factor], weights: Mapping[str, Tensor]) -> Tensor
 def expected_log_joint(problem: Problem, values: Values, weights: Weights) -> Tensor:
     """Q(θ) = Σ_s ⟨q_s, f_s(θ)⟩ over all data."""
     total: Tensor | None = None
-    for (data, rows), q in zip(chunks(problem), weights, strict=True):
-        part = weighted(problem.model.evaluate(data, values, rows).factors, q)
+    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
+        part = weighted(piece.model.evaluate(data, values, rows).factors, piece.q)
         total = part if total is None else total + part
     assert total is not None
     return total

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.density import Joint, Program, Rows, Structure, Values, build_guide, discover, num_rows
-from lvmppl.errors import InputError, IntractableError, ModelError
+from lvmppl.errors import InputError, ModelError
 
 
 class Progress(Protocol):
@@ -59,6 +59,11 @@ class Problem:
     @property
     def theta(self) -> tuple[str, ...]:
         return tuple(self.model.structure.parameters)
+
+    @property
+    def integrates(self) -> bool:
+        """Whether latent sites are left that are not enumerated, for an engine of continuous ones."""
+        return bool(self.model.structure.continuous)
 
     @property
     def free_theta(self) -> tuple[str, ...]:
@@ -198,18 +203,3 @@ def check_guide(model: Structure, guide: Structure) -> None:
                 f"a guide with {', '.join(guide.sites) or 'no sites'}",
                 "add it to the guide, or mark it infer={'enumerate': 'parallel'} if it is discrete",
             )
-
-
-def require_enumerated(problem: Problem, algorithm: str) -> None:
-    """Exact algorithms need every latent site enumerated.
-
-    Raises:
-        IntractableError: names the sites in the way.
-    """
-    open_sites = [s for s in problem.model.structure.sites.values() if s.kind == "latent"]
-    if open_sites:
-        listing = ", ".join(f"{s.name} ({s.family})" for s in open_sites)
-        fix = "mark finite discrete sites infer={'enumerate': 'parallel'}; otherwise use vem or svi with a guide"
-        raise IntractableError(
-            f"fit '{problem.name}', algorithm {algorithm}", "only enumerated latent sites", listing, fix
-        )

@@ -1,8 +1,8 @@
 """Where a fit starts: the model's own parameters, or one M-step from k-means or random responsibilities.
 
 `init: params` uses θ as the model (or `start_from`) gives it. `kmeans` and `random` give every enumerated site
-responsibilities r (a chain at every step) and maximise Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as `init` says, the
-others at random.
+responsibilities r (a chain at every step), hold every continuous site at a draw from its prior, and maximise
+Σ_s ⟨r, f_s(θ)⟩ once. Restart 0 starts as `init` says, the others at random.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.evidence import chunks
-from lvmppl.algorithms.expected import Weights, add_up, gradient_m_step
+from lvmppl.algorithms.expected import Piece, Weights, add_up, gradient_m_step
 from lvmppl.algorithms.m_step import Plan, solve_closed
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics
-from lvmppl.density import Evaluation, Rows, Variable, chain_axes, derive_seed, time_axis
+from lvmppl.density import (
+    Evaluation,
+    HeldJoint,
+    Rows,
+    Values,
+    Variable,
+    chain_axes,
+    derive_seed,
+    time_axis,
+)
 from lvmppl.errors import InputError
 from lvmppl.exact.named import Named, align
 from lvmppl.exponential import TRANSITION
@@ -34,12 +43,11 @@ def start_values(
     how = init if restart == 0 else "random"
     if how == "params":
         return values
-    sites = problem.model.structure.enumerated
-    if not sites:
+    if not problem.model.structure.latents:
         if restart > 0 or init == "random":
             raise InputError(
                 f"fit '{problem.name}'",
-                "a model with enumerated sites for random or k-means starts",
+                "a model with latent sites for random or k-means starts",
                 "none",
                 "use init: params and restarts: 1",
             )
@@ -56,11 +64,11 @@ def start_values(
 
 def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, Statistics]:
     statistics: dict[str, Statistics] = {}
-    for (data, rows), own in zip(chunks(problem), weights, strict=True):
+    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
         with torch.no_grad():
-            views, evaluation = problem.model.view(data, problem.initial, rows)
+            views, evaluation = piece.model.view(data, problem.initial, rows)
             evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
-        add_up(views, evaluation, own, plan.sites, statistics)
+        add_up(views, evaluation, piece.q, plan.sites, statistics)
     return statistics
 
 
@@ -69,11 +77,30 @@ def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights
     labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
     result, begin = [], 0
     for data, rows in chunks(problem):
+        model = _at_draws(problem, data, rows, generator) if problem.integrates else problem.model
         with torch.no_grad():
-            evaluation = problem.model.evaluate(data, problem.initial, rows)
-        result.append(_weights_of(evaluation, problem, rows, labels, begin, generator))
+            evaluation = model.evaluate(data, problem.initial, rows)
+        result.append(Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model))
         begin += rows.size
     return result
+
+
+def _at_draws(problem: Problem, data: Values, rows: Rows, generator: torch.Generator) -> HeldJoint:
+    """The model with its continuous sites held at one draw of each from the model itself, at the start values."""
+    structure, model = problem.model.structure, problem.model
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator)))
+        views, _ = model.view(data, problem.initial, rows)
+    points = {}
+    for name in structure.continuous:
+        value, event = views[name].value, len(structure.sites[name].event_shape)
+        batch = value.dim() - event
+        shape = (1,) * max(0, structure.nesting - batch) + tuple(value.shape)
+        # Points have an axis of their own between the enumerated sites and the plates.
+        points[name] = value.reshape(shape).unsqueeze(-1 - structure.nesting - event)
+    first = model.first_available_dim
+    enumerated = {first - 1 - i: name for i, name in enumerate(structure.enumerated)}
+    return model.held(points, enumerated)
 
 
 def _weights_of(

@@ -18,7 +18,7 @@ from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
 from lvmppl.density.handlers import EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
-from lvmppl.density.joint import Joint
+from lvmppl.density.joint import HeldJoint, Joint
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import (
     POINTS,
@@ -41,6 +41,7 @@ __all__ = [
     "EnumeratedChain",
     "Evaluation",
     "Factor",
+    "HeldJoint",
     "Joint",
     "ParameterSpec",
     "Program",

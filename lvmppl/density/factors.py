@@ -203,7 +203,9 @@ def _chain_factors(
     yield (f"{name}·transition", *_name_axes(chain.log_transition, axis_names, name, (step, before, after)))
 
 
-def build_views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str, SiteView], Evaluation]:
+def build_views(
+    trace: Any, rows: Rows, structure: Structure, extra: Mapping[int, str]
+) -> tuple[dict[str, SiteView], Evaluation]:
     variables: dict[str, Variable] = {}
     sizes: dict[str, int] = {}
     names: dict[int, str] = {}
@@ -215,7 +217,7 @@ def build_views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str,
         sizes.setdefault(plate, rows.size)
     views = {}
     for name, site in nodes.items():
-        axis_names = _axis_names(site, names)
+        axis_names = _axis_names(site, names, extra)
         plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
         scale: float | Tensor = site["scale"]
         scale_dims: tuple[str, ...] = ()
@@ -225,7 +227,7 @@ def build_views(trace: Any, rows: Rows, structure: Structure) -> tuple[dict[str,
             scale = scale * rows.scale
         observed = bool(site["is_observed"])
         mask = None if "_enumerate_dim" in site["infer"] and not observed else site["mask"]
-        compute = functools.partial(_factors, name, site, rows, plate, names, {}, variables)
+        compute = functools.partial(_factors, name, site, rows, plate, names, extra, variables)
         views[name] = SiteView(
             name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute,
             _chain_steps(variables, axis_names),

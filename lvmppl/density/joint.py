@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pyro import poutine
 
 from lvmppl.density.discovery import num_rows
@@ -29,6 +30,7 @@ class Joint:
         self.guide, self.guide_structure = guide, guide_structure
         nesting = max(structure.nesting, guide_structure.nesting if guide_structure else 0)
         self.first_available_dim = -1 - nesting
+        self.extra: Mapping[int, str] = {}  # names of batch axes that are neither plates nor enumerated here
         self.specs: dict[str, ParameterSpec] = dict(structure.parameters)
         if guide_structure is not None:
             self.specs.update(guide_structure.parameters)
@@ -58,44 +60,22 @@ class Joint:
             if self.guide is None:
                 with poutine.trace() as model_trace, self._enumeration():
                     self.model(data, values)
-                return build_evaluation(model_trace.trace, None, rows, self.structure, names)
+                return build_evaluation(model_trace.trace, None, rows, self.structure, names, self.extra)
             with poutine.trace() as guide_trace, self._enumeration(), EnumerateFinite():
                 self.guide(data, values)
             with poutine.trace() as model_trace, self._replayed(guide_trace.trace):
                 self.model(data, values)
         return build_evaluation(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
-    def evaluate_at(
-        self,
-        data: Values,
-        values: Values,
-        points: Values,
-        rows: Rows | None = None,
-        configurations: Mapping[int, str] | None = None,
-    ) -> Evaluation:
-        """The model's log-factors with its continuous sites held at given points, the enumerated ones enumerated.
+    def held(self, points: Values, configurations: Mapping[int, str] | None = None) -> HeldJoint:
+        """The model with its continuous sites held at given points, the enumerated ones enumerated.
 
         points: by site, [S, *batch, *event], where batch has all `nesting` plate axes (size 1 where it has none). Factors
         that depend on the points have a leading axis named `POINTS`. Points that differ between states of enumerated
         sites have axes left of S, named by `configurations` (batch axis → site). A single point may stand without S and
         all axes left of its own, as the model would draw it.
         """
-        rows = rows or Rows(num_rows(data))
-        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        names: dict[int, str] = {}
-        enumeration = poutine.enum(first_available_dim=self.first_available_dim - 1)
-        hold = Hold(points)
-        with (
-            parameters,
-            swapped_modules(values),
-            poutine.trace() as trace,
-            enumeration,
-            EnumerateChains(),
-            hold,
-        ):
-            self.model(data, values)
-        extra = {self.first_available_dim: POINTS, **(configurations or {})}
-        return build_evaluation(trace.trace, None, rows, self.structure, names, extra)
+        return HeldJoint(self, points, configurations or {})
 
     def view(
         self, data: Values, values: Values, rows: Rows | None = None
@@ -105,7 +85,7 @@ class Joint:
         parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
         with parameters, swapped_modules(values), poutine.trace() as tracer, self._enumeration():
             self.model(data, values)
-        return build_views(tracer.trace, rows, self.structure)
+        return build_views(tracer.trace, rows, self.structure, self.extra)
 
     def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
         """The guide's log-factors alone; the model is not run."""
@@ -116,3 +96,25 @@ class Joint:
         with parameters, swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
             self.guide(data, values)
         return build_evaluation(None, trace.trace, rows, self.structure, {})
+
+
+class HeldJoint(Joint):
+    """A model whose continuous sites stand at given points: what an expectation over them is an average of."""
+
+    def __init__(self, joint: Joint, points: Values, configurations: Mapping[int, str]) -> None:
+        super().__init__(joint.model, joint.structure)
+        self.points = points
+        self.extra = {self.first_available_dim: POINTS, **configurations}
+        self.first_available_dim -= 1
+
+    @contextmanager
+    def _enumeration(self) -> Iterator[None]:
+        with super()._enumeration(), Hold(self.points):
+            yield
+
+    def to(self, dtype: torch.dtype) -> HeldJoint:
+        """The same with its points in another dtype."""
+        points = {n: v.to(dtype) for n, v in self.points.items()}
+        base = Joint(self.model, self.structure)
+        first = base.first_available_dim
+        return HeldJoint(base, points, {a: n for a, n in self.extra.items() if a != first})

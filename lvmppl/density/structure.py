@@ -128,7 +128,7 @@ class SiteInfo:
     """A sample site as the first trace showed it."""
 
     name: str
-    kind: str  # "observed", "enumerated", "latent"
+    kind: str  # "observed", "enumerated", "latent", or "parameter": a latent site that is fitted as part of θ
     plates: tuple[str, ...]
     family: str
     event_shape: tuple[int, ...]
@@ -152,11 +152,16 @@ class Structure:
 
     @property
     def latents(self) -> tuple[str, ...]:
-        return tuple(s.name for s in self.sites.values() if s.kind != "observed")
+        return tuple(s.name for s in self.sites.values() if s.kind in ("enumerated", "latent"))
 
     @property
     def enumerated(self) -> tuple[str, ...]:
         return tuple(s.name for s in self.sites.values() if s.kind == "enumerated")
+
+    @property
+    def continuous(self) -> tuple[str, ...]:
+        """Latent sites that are not enumerated."""
+        return tuple(s.name for s in self.sites.values() if s.kind == "latent")
 
 
 @dataclass(frozen=True)

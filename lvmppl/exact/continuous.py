@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.distributions import CatTransform, Transform, biject_to, constraints, identity_transform
 
-from lvmppl.density import POINTS, Evaluation, Factor, Joint, Rows, SiteInfo, Values
+from lvmppl.density import POINTS, Evaluation, Factor, HeldJoint, Joint, Rows, SiteInfo, Values
 from lvmppl.errors import IntractableError
 from lvmppl.exact.named import Named, align
 
@@ -73,7 +74,7 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
         raise _intractable(
             stuck,
             "discrete sites that cannot be enumerated",
-            "truncate the support to a Categorical, or use svi",
+            "mark finite ones infer={'enumerate': 'parallel'}, truncate others to a Categorical, or use vem or svi",
         )
     for factor in evaluation.factors:
         if isinstance(factor.scale, Tensor) or factor.scale != 1.0:
@@ -135,23 +136,54 @@ def _intractable(sites: list[SiteInfo], what: str, fix: str) -> IntractableError
     )
 
 
+def held_at(joint: Joint, layout: Layout, z: Tensor) -> HeldJoint:
+    """The model with its continuous sites at the stacked vectors z [S, *rows, d]."""
+    first = joint.first_available_dim
+    configurations = {first - 1 - i: name for i, name in enumerate(reversed(layout.discrete))}
+    return joint.held({b.name: _placed(joint, layout, b, z) for b in layout.blocks}, configurations)
+
+
+def _placed(joint: Joint, layout: Layout, block: Block, z: Tensor) -> Tensor:
+    """One site's values [*C, S, *plates, *event] from the stacked vectors."""
+    plate, nesting = joint.structure.data_plate, joint.structure.nesting
+    part = z[..., block.begin : block.begin + block.size]
+    sizes = layout.discrete_sizes
+    home = [plate] if layout.local and plate is not None else []
+    rows = [layout.plate_sizes[p] for p in home]
+    part = part.reshape(z.shape[0], *sizes, *rows, block.size).movedim(0, len(sizes))  # [*C, S, N?, size]
+    axes = joint.structure.plate_axes
+    inner = sorted(block.inner, key=lambda p: axes[p])  # left to right
+    part = part.reshape(*part.shape[:-1], *(layout.plate_sizes[p] for p in inner), *block.event_shape)
+    have = home + list(inner)
+    order = sorted(range(len(have)), key=lambda i: axes[have[i]])
+    lead = len(sizes) + 1
+    events = range(lead + len(have), part.dim())
+    part = part.permute(*range(lead), *(lead + i for i in order), *events)
+    shape = [1] * nesting
+    for i in order:
+        shape[axes[have[i]]] = layout.plate_sizes[have[i]]
+    return part.reshape(*part.shape[:lead], *shape, *block.event_shape)
+
+
 class LogJointOfModel:
-    """log p(x, z, c; θ) as a function of z [S, *rows, d] in the support of the sites: [S, *rows]."""
+    """log p(x, z, c; θ) as a function of z [S, *rows, d] in the support of the sites: [S, *rows].
+
+    Factors outside of the data plate depend on no row's z where rows are data: `constant_part` has them.
+    """
 
     def __init__(self, joint: Joint, data: Values, values: Values, layout: Layout) -> None:
         self.joint, self.data, self.values, self.layout = joint, data, values, layout
         self.plate = joint.structure.data_plate
-        first = joint.first_available_dim
-        self.extra = {first - 1 - i: name for i, name in enumerate(reversed(layout.discrete))}
 
     def __call__(self, z: Tensor) -> Tensor:
-        points = {block.name: self._place(block, z) for block in self.layout.blocks}
-        evaluation = self.joint.evaluate_at(self.data, self.values, points, None, self.extra)
+        evaluation = held_at(self.joint, self.layout, z).evaluate(self.data, self.values)
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
         shape = z.shape[:-1]  # [S, *rows]
         total: Tensor | None = None
         for factor in evaluation.factors:
+            if is_constant(factor, self.joint, self.layout):
+                continue
             part = self._table(factor, (*lead, *tail))
             total = part if total is None else total + part
         assert total is not None
@@ -162,27 +194,6 @@ class LogJointOfModel:
         )
         return total.expand(target).movedim(len(lead) - 1, 0).reshape(shape)
 
-    def _place(self, block: Block, z: Tensor) -> Tensor:
-        """The site's values [*C, S, *plates, *event] from the stacked vector."""
-        layout, nesting = self.layout, self.joint.structure.nesting
-        part = z[..., block.begin : block.begin + block.size]
-        sizes = layout.discrete_sizes
-        local = layout.local and self.plate is not None
-        rows = [layout.plate_sizes[self.plate]] if local and self.plate is not None else []
-        part = part.reshape(z.shape[0], *sizes, *rows, block.size).movedim(0, len(sizes))  # [*C, S, N?, size]
-        axes = self.joint.structure.plate_axes
-        inner = sorted(block.inner, key=lambda p: axes[p])  # left to right
-        part = part.reshape(*part.shape[:-1], *(layout.plate_sizes[p] for p in inner), *block.event_shape)
-        have = ([self.plate] if local else []) + list(inner)
-        order = sorted(range(len(have)), key=lambda i: axes[have[i]])  # type: ignore[index]
-        lead = len(sizes) + 1
-        events = range(lead + len(have), part.dim())
-        part = part.permute(*range(lead), *(lead + i for i in order), *events)
-        shape = [1] * nesting
-        for i in order:
-            shape[axes[have[i]]] = layout.plate_sizes[have[i]]  # type: ignore[index]
-        return part.reshape(*part.shape[:lead], *shape, *block.event_shape)
-
     def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
         """A factor's log-probabilities over `dims`, its other plates multiplied out."""
         named = Named(factor.log_prob, factor.dims)
@@ -192,6 +203,27 @@ class LogJointOfModel:
             if plate not in named.dims and plate not in dims:
                 tensor = tensor * self.layout.plate_sizes[plate]
         return align(Named(tensor, tuple(d for d in named.dims if d in dims)), dims)
+
+
+def is_constant(factor: Factor, joint: Joint, layout: Layout) -> bool:
+    """Whether a factor belongs to no row: a prior of parameters, or outside of the data plate while every latent site is
+    within."""
+    return _is_prior(factor, joint) or (layout.local and joint.structure.data_plate not in factor.plates)
+
+
+def _is_prior(factor: Factor, joint: Joint) -> bool:
+    return joint.structure.sites[factor.site].kind == "parameter" if factor.site in joint.structure.sites else False
+
+
+def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tensor:
+    """Σ of the log-factors that belong to no row, priors of parameters aside: a scalar."""
+    like = evaluation.factors[0].log_prob
+    total = torch.zeros((), dtype=like.dtype, device=like.device)
+    for factor in evaluation.factors:
+        if is_constant(factor, joint, layout) and not _is_prior(factor, joint):
+            repeats = math.prod(layout.plate_sizes[p] for p in factor.plates if p not in factor.dims)
+            total = total + repeats * factor.log_prob.sum()
+    return total
 
 
 def rows_of(joint: Joint, data: Values, values: Values, layout: Layout, index: Tensor) -> LogJointOfModel:
@@ -206,4 +238,4 @@ def rows_of(joint: Joint, data: Values, values: Values, layout: Layout, index: T
     return LogJointOfModel(joint, part, values, small)
 
 
-__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "layout_of", "rows_of"]
+__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "constant_part", "held_at", "layout_of", "rows_of"]

@@ -8,7 +8,15 @@ from torch import Tensor
 from lvmppl.continuous_posteriors import ContinuousPosterior, Kernel, Path
 from lvmppl.density import Joint, Values
 from lvmppl.errors import IntractableError
-from lvmppl.exact.continuous import MAX_DENSE, QUADRATURE_DIMS, Layout, LogJointOfModel, layout_of, rows_of
+from lvmppl.exact.continuous import (
+    MAX_DENSE,
+    QUADRATURE_DIMS,
+    Layout,
+    LogJointOfModel,
+    constant_part,
+    layout_of,
+    rows_of,
+)
 from lvmppl.exact.evaluation import NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.quadrature import quadrature
@@ -31,7 +39,8 @@ def continuous_posterior(joint: Joint, data: Values, values: Values) -> Continuo
     dtype = evaluation.factors[0].log_prob.dtype
     variables = {n: evaluation.variables[n] for n in layout.discrete}
     kernel, engine = _solve(log_joint, rows, layout, joint, data, values, dtype)
-    return ContinuousPosterior(kernel, layout, variables, joint.structure.data_plate, engine)
+    constant = float(constant_part(joint, evaluation, layout))
+    return ContinuousPosterior(kernel, layout, variables, joint.structure.data_plate, engine, constant)
 
 
 def _probe(joint: Joint, data: Values, values: Values):  # type: ignore[no-untyped-def]

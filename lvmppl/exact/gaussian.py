@@ -13,7 +13,7 @@ more latents than a dense precision can hold: ``lvmppl.exact.state_space``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -69,6 +69,15 @@ class GaussianPosterior:
     def entropy(self) -> Tensor:
         """(d/2)(1 + log 2π) − ½ log|Λ|: ``[*rows]``."""
         return 0.5 * self.mean.shape[-1] * (1.0 + LOG_2PI) - _half_log_det(self.precision_cholesky)
+
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """The d + 1 points ``[d+1, *rows, d]`` of a simplex with the posterior's mean and covariance, and their
+        weights ``[d+1, *rows]``: E_post[f] = Σ_s w_s f(z_s) for every quadratic f.
+        """
+        dim, rows = self.mean.shape[-1], self.mean.shape[:-1]
+        simplex = _simplex(dim).to(self.mean).view(dim + 1, *[1] * len(rows), dim)
+        points = self.mean + unwhiten(self.precision_cholesky, simplex.expand(-1, *rows, -1))
+        return points, torch.full_like(points[..., 0], 1.0 / (dim + 1))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws: ``[n, *rows, d]``."""
@@ -128,10 +137,8 @@ def gaussian_posterior(
     log_evidence = (
         value + 0.5 * (gradient * white_mean).sum(-1) - _half_log_det(cholesky) + 0.5 * LOG_2PI * dim
     )
-    simplex = _simplex(dim).to(mean)
-    points = mean + unwhiten(cholesky, simplex.view(dim + 1, *[1] * len(rows), dim).expand(-1, *rows, -1))
-    weights = torch.full_like(points[..., 0], 1.0 / (dim + 1))
-    return GaussianPosterior(with_gradient(log_evidence, log_joint, points, weights, chunk), mean, cholesky)
+    found = GaussianPosterior(log_evidence, mean, cholesky)
+    return replace(found, log_evidence=with_gradient(log_evidence, log_joint, *found.nodes(), chunk))
 
 
 def unwhiten(factor: Tensor, white: Tensor) -> Tensor:

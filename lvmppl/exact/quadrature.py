@@ -76,6 +76,10 @@ class QuadraturePosterior:
             error = torch.maximum(error, 0.5 * (coarse - mean).abs().nan_to_num(nan=0.0))
         return mean, error
 
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """The nodes ``[Q, *rows, d]`` and their weights ``[Q, *rows]``: E_post[f] ≈ Σ_s w_s f(z_s)."""
+        return self.points, self.log_weights.exp()
+
     @property
     def mean(self) -> Tensor:
         """E[z | x]: ``[*rows, d]``."""

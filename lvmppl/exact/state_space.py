@@ -81,6 +81,13 @@ class StateSpacePosterior:
         """The most probable path, which is the mean: ``[B, T, d]``."""
         return self.mean
 
+    def nodes(self) -> tuple[Tensor, Tensor]:
+        """3d + 1 paths ``[3d+1, B, T, d]`` with the posterior's mean, marginal and consecutive covariances, and their
+        weights ``[3d+1, B]``: E_post[f] = Σ_s w_s f(z_s) for every quadratic f that ties a step to its neighbours only.
+        """
+        paths = _matched_paths(self)
+        return paths, torch.full_like(paths[..., 0, 0], 1.0 / len(paths))
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` exact draws of the whole path: ``[n, B, T, d]``."""
         path = self.mean.new_zeros(n, *self.mean.shape[:-2], 0, self.mean.shape[-1])
@@ -185,8 +192,8 @@ def state_space_posterior(
     )
     if not torch.is_grad_enabled():
         return posterior
-    paths = _matched_paths(posterior).flatten(-2)
-    weights = torch.full_like(paths[..., 0], 1.0 / len(paths))
+    paths, weights = posterior.nodes()
+    paths = paths.flatten(-2)
     total, chunk = _flat(log_joint, num_steps, dim), max(1, chunk // max(1, num_steps))
     return replace(
         posterior, log_evidence=with_gradient(posterior.log_evidence, total, paths, weights, chunk)
