@@ -24,6 +24,10 @@ from lvmppl.options import InputErrors, listed, nearest, shown, simple_expectati
 Kind = Literal["model", "guide"]
 
 MODELS: dict[str, tuple[str, str]] = {
+    "factor_analysis": (
+        "lvmppl.models.factor_analysis:factor_analysis",
+        "Gaussian factors behind the data; noise diagonal, or spherical (probabilistic PCA)",
+    ),
     "gaussian_mixture": (
         "lvmppl.models.mixture:gaussian_mixture",
         "a mixture of Gaussians; covariance full, tied, diag or spherical",

@@ -379,6 +379,16 @@ def shipped_mixture_tied(x: Tensor) -> None:
     gaussian_mixture(x, num_components=3, covariance="tied")
 
 
+@case(blobs, "weights slope scale")
+def mixture_of_regressions(x: Tensor) -> None:
+    slope = pyro.param("slope", lambda: normal(2, 2, seed=29))
+    scale = pyro.param("scale", torch.tensor(1.0, dtype=torch.float64), constraint=constraints.positive)
+    mixing = weights(2)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal((slope[z] * x[:, 1:]).sum(-1), scale), obs=x[:, 0])
+
+
 # ------------------------------------------------------------------------------------------------------ gradient
 
 
@@ -394,16 +404,6 @@ def neural_emission(x: Tensor) -> None:
         z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
         pyro.sample("x", dist.Normal(torch.tanh(hidden[z]) @ head, 0.8), obs=x)
         pyro.sample("y", dist.Normal(0.0, scale), obs=x)
-
-
-@case(blobs, "weights", "slope scale")
-def mixture_of_regressions(x: Tensor) -> None:
-    slope = pyro.param("slope", lambda: normal(2, 2, seed=29))
-    scale = pyro.param("scale", torch.tensor(1.0, dtype=torch.float64), constraint=constraints.positive)
-    mixing = weights(2)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
-        pyro.sample("x", dist.Normal((slope[z] * x[:, 1:]).sum(-1), scale), obs=x[:, 0])
 
 
 @case(line, "first second scale", "loc")

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from em_models import CASES, Case
+from em_continuous_models import CASES
+from em_models import Case
 
 import lvmppl
 from lvmppl.algorithms.evidence import log_evidence
@@ -43,7 +44,11 @@ def test_parameters_are_closed_form_exactly_where_q_has_one(case: Case) -> None:
         ("tied_precision_matrix", "precision", "precision matrix of 'x'"),
         ("shared_between_sites", "loc", "location of 'x' and 'y'"),
         ("chain_of_normals", "transition", "probabilities of 'z·transition'"),
-        ("mixture_of_regressions", "slope", "loc of 'x' is computed from it, not looked up"),
+        ("mixture_of_regressions", "slope", "least squares: loc of 'x' is affine in it"),
+        ("neural_emission", "head", "loc of 'x' is not affine in it"),
+        ("product_of_two_loadings", "left", "loc of 'x' is not affine in it"),
+        ("gain_that_must_be_positive", "gain", "loc of 'x' is computed from it, and it is constrained"),
+        ("random_effect_of_every_row", "spread", "standard deviation of 'z'"),
         ("also_in_a_factor", "rate", "enters 'penalty' (Unit), which has no closed form"),
         (
             "in_two_fields",
@@ -75,7 +80,7 @@ def test_closed_form_m_step_equals_gradient_m_step_run_to_its_optimum(case: Case
         plan = plan_m_step(problem)
         start = dict(problem.initial)
         _, weights, statistics = e_step(problem, start, plan.sites)
-        solved, floored = solve_closed(problem, plan, start, statistics)
+        solved, floored = solve_closed(problem, plan, start, statistics, weights)
         names = [n for n in plan.closed if n not in floored]
         held = {**start, **{n: solved[n] for n in floored}}
         climbed = {**held, **gradient_m_step(problem, held, weights, 150, names=names)}

@@ -17,7 +17,7 @@ Shapes: R restarts lead every tensor (1 without); P entries of the parameters of
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +43,9 @@ class ClosedSite:
     reference: Named | None = None
     variance: Named | None = None
     weighted: bool = False  # whether locations are weighted by precisions that differ
+    residual: bool = (
+        False  # whether the location is computed: squares are taken about it, at the θ of the moment
+    )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -79,6 +82,10 @@ class Sums:
         self.parts[key] = self.parts[key] + part if key in self.parts else part
 
 
+Priors = Mapping[str, Mapping[str, Tensor]]
+Between = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], Mapping[str, Statistics]]]
+
+
 @dataclass(frozen=True)
 class Solution:
     """New parameters [R, *shape], and those that a floor holds."""
@@ -93,19 +100,24 @@ def solve(
     names: Collection[str],
     values: Values,
     statistics: Mapping[str, Statistics],
-    priors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    priors: Priors | None = None,
+    between: Between | None = None,
 ) -> Solution:
     """The parameters `names` that maximise Q given the statistics; others stay.
 
-    values: [R, *shape]. priors: by parameter, pseudo-statistics of a conjugate prior to be added.
+    values: [R, *shape]. priors: by parameter, pseudo-statistics of a conjugate prior to be added. between: called when
+    locations are solved and spreads are not; returns θ and the statistics of sites whose squares depend on it.
     """
     result = dict(values)
     restarts = len(next(iter(values.values())))
     floored: set[str] = set()
     for stage in (("simplex", "beta", "gamma", "loc"), ("precision", "covariance")):
+        if between is not None and "precision" in stage:
+            result, own = between(result)
+            statistics = {**statistics, **own}
         sums: dict[str, Sums] = {}
         for site in sites:
-            _gather(site, stage, names, result, statistics[site.name], restarts, sums)
+            _gather(site, stage, names, result, statistics.get(site.name, {}), restarts, sums)
         for name, total in sums.items():
             for key, part in (priors or {}).get(name, {}).items():
                 total.add(key, part.reshape(1, -1))
@@ -187,9 +199,10 @@ def _location(site: ClosedSite, values: Values, s: Statistics, restarts: int) ->
 def _precision(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
     """a = n/2 and b = Σ q (x − μ)²/2, and the floor of the variance."""
     assert site.reference is not None and site.variance is not None
-    shift = site.full(site.field("loc", values), restarts) - site.full(site.reference, restarts)
-    n = site.full(s["n"], restarts)
-    spread = site.full(s["second"], restarts) - shift * (2 * site.full(s["first"], restarts) - n * shift)
+    n, spread = site.full(s["n"], restarts), site.full(s["second"], restarts)
+    if not site.residual:
+        shift = site.full(site.field("loc", values), restarts) - site.full(site.reference, restarts)
+        spread = spread - shift * (2 * site.full(s["first"], restarts) - n * shift)
     floor = _floor(site.variance, site.reference)
     weight = _to_field(site, "precision", n)
     # A floor shared by several entries is their mean, by weight; sums of n and n · floor keep it linear.
@@ -201,12 +214,14 @@ def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: i
     """n and Σ q (x − μ)(x − μ)ᵀ, each at the entries of the covariance, and the floor's matrix."""
     assert site.reference is not None and site.variance is not None
     core = (ROW,)
-    shift = site.full(site.field("loc", values), restarts, core) - site.full(site.reference, restarts, core)
     n = site.full(s["n"], restarts)[..., None, None]
-    first = site.full(s["first"], restarts, core)
-    second = unpacked(site.full(s["second"], restarts, (PACKED,)))
-    cross = first.unsqueeze(-1) * shift.unsqueeze(-2)
-    matrix = second - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
+    matrix = unpacked(site.full(s["second"], restarts, (PACKED,)))
+    if not site.residual:
+        shift = site.full(site.field("loc", values), restarts, core) - site.full(
+            site.reference, restarts, core
+        )
+        cross = site.full(s["first"], restarts, core).unsqueeze(-1) * shift.unsqueeze(-2)
+        matrix = matrix - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
     floor = torch.diag_embed(site.full(_floor(site.variance, site.reference), restarts, core))
     both = (ROW, COLUMN)
     parts = {"n": n.expand_as(matrix), "scatter": matrix, "floor": n * floor}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
-from lvmppl.algorithms.evidence import require_exact
+from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified, working_dtype
 from lvmppl.algorithms.outcome import finish
@@ -52,6 +52,10 @@ class _Run:
     def __init__(self, problem: Problem, options: EMOptions, plan: Plan) -> None:
         self.problem, self.options, self.plan = problem, options, plan
         self.tables = tabulate(problem, plan)
+        # By how much the log evidence may fall because it is an approximation: twice the quadrature's error.
+        self.slack = (
+            2 * exact_posterior(problem, problem.initial).log_evidence_error if problem.integrates else 0.0
+        )
 
     def _e_step(self, values: Mapping[str, Tensor]) -> tuple[float, Weights, Mapping[str, Statistics]]:
         """From tables where the whole model is in them, else by running the model."""
@@ -59,7 +63,7 @@ class _Run:
             with contextlib.suppress(Imprecise):
                 total, statistics = self.tables.e_step({n: v.unsqueeze(0) for n, v in values.items()})
                 return float(total), [], statistics
-        return e_step(self.problem, values, self.plan.sites, keep_weights=bool(self.plan.by_gradient))
+        return e_step(self.problem, values, self.plan.sites, keep_weights=self.plan.needs_weights)
 
     def restart(self, number: int) -> Trajectory:
         """One restart; again from its start without the tables where they turn out not to be the model."""
@@ -94,7 +98,7 @@ class _Run:
                 trajectory.status = "converged"
                 return trajectory
             if step < self.options.max_steps:
-                if self.plan.by_gradient and not weights:  # the plan has just changed
+                if self.plan.needs_weights and not weights:  # the plan has just changed
                     objective, weights, statistics = self._e_step(values)
                 values = self._m_step(trajectory, values, weights, statistics)
         return trajectory
@@ -107,7 +111,7 @@ class _Run:
         statistics: Mapping[str, Statistics],
     ) -> dict[str, Tensor]:
         """Closed forms, then gradient steps on the rest, then closed forms again: none lowers Q."""
-        new, floored = solve_closed(self.problem, self.plan, values, statistics)
+        new, floored = solve_closed(self.problem, self.plan, values, statistics, weights)
         names = self.plan.by_gradient
         if names:
             options = self.options
@@ -115,7 +119,7 @@ class _Run:
                 **new,
                 **gradient_m_step(self.problem, new, weights, options.m_steps, options.tolerance, names),
             }
-            new, floored = solve_closed(self.problem, self.plan, new, statistics)
+            new, floored = solve_closed(self.problem, self.plan, new, statistics, weights)
         if floored:
             trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
         return new
@@ -125,7 +129,7 @@ class _Run:
         if not trajectory.values:
             return not math.isfinite(objective)
         before, rounding = trajectory.objective, ROUNDING.get(working_dtype(self.problem), 1e-5)
-        return not (math.isfinite(objective) and objective >= before - rounding * abs(before))
+        return not (math.isfinite(objective) and objective >= before - rounding * abs(before) - self.slack)
 
     def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
         step = len(trajectory.rows) - 1

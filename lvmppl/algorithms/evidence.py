@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-
 from dataclasses import replace
 
 import torch
@@ -46,7 +45,7 @@ def is_chunkable(problem: Problem) -> bool:
 
 
 def log_evidence(problem: Problem, values: Values) -> Tensor:
-    """Σₙ log p(x⁽ⁿ⁾; θ), plus the log-priors of parameters that have one (a scalar tensor; differentiable if `values` are)."""
+    """Σₙ log p(x⁽ⁿ⁾; θ), plus the log-priors of parameters that have one: a scalar, differentiable in `values`."""
     total: Tensor | None = None
     for data, rows in chunks(problem):
         if problem.integrates:

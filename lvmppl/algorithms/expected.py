@@ -23,8 +23,7 @@ from lvmppl.exact.continuous import held_at
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named, align
-from lvmppl.exponential import read_factor
-
+from lvmppl.exponential import TRANSITION, read_factor
 
 
 class Piece(NamedTuple):
@@ -81,7 +80,7 @@ def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
         outside = [d for d in weights.dims if d in evaluation.plate_sizes and d not in factor.plates]
         summed = Named(weights.tensor.sum(own) if own else weights.tensor, kept)
         repeats = [p for p in factor.plates if p not in factor.dims and p not in weights.dims]
-        number = math.prod(evaluation.plate_sizes[p] for p in repeats)
+        number: float = math.prod(evaluation.plate_sizes[p] for p in repeats)
         number /= math.prod(evaluation.plate_sizes[p] for p in outside)
         result[factor.site] = number * align(summed, factor.dims).expand(factor.log_prob.shape)
     return result
@@ -94,14 +93,32 @@ def add_up(
     sites: Sequence[ClosedSite],
     statistics: dict[str, Statistics],
 ) -> None:
-    """Add the statistics of one piece of the data to `statistics`."""
+    """Add the statistics of one piece of the data to `statistics`, those about a computed location aside."""
     dims = {f.site: f.dims for f in evaluation.factors}
     with torch.no_grad():
-        for site in sites:
+        for site in (s for s in sites if not s.residual):
             reading = read_factor(views, site.name, site.kind)
             assert reading is not None, "a site's family does not change between steps"
             part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
             statistics[site.name] = add_statistics(statistics.get(site.name), part)
+
+
+def residual_statistics(
+    problem: Problem, values: Values, weights: Weights, sites: Sequence[ClosedSite]
+) -> dict[str, Statistics]:
+    """Expected squares about locations that are computed from θ, the data or continuous sites, at `values`."""
+    statistics: dict[str, Statistics] = {}
+    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
+        with torch.no_grad():
+            views, _ = piece.model.view(data, values, rows)
+            for site in sites:
+                reading = read_factor(views, site.name, site.kind)
+                assert reading is not None, "a site's family does not change between steps"
+                view = views[site.name] if site.name in views else views[site.name.removesuffix(TRANSITION)]
+                dims = next(f.dims for f in view.factors() if f.site == site.name)
+                part = accumulate(reading, Named(piece.q[site.name], dims), site.keep, None)
+                statistics[site.name] = add_statistics(statistics.get(site.name), part)
+    return statistics
 
 
 def factor_weights(evaluation: Evaluation, data_plate: str | None) -> tuple[float, dict[str, Tensor]]:

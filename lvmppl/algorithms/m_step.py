@@ -16,12 +16,15 @@ from torch import Tensor
 
 from lvmppl.algorithms.closed_form import ClosedSite, Solution, solve
 from lvmppl.algorithms.evidence import chunks
-from lvmppl.algorithms.probing import PROBE_ROWS, Lookup, Proposal, Use, probe_rows, propose
+from lvmppl.algorithms.expected import Weights, e_step, residual_statistics
+from lvmppl.algorithms.least_squares import FEW_ROWS, MAX_ENTRIES, Affine, bent, couplings, solve_affine
+from lvmppl.algorithms.probing import PROBE_ROWS, Lookup, Proposal, Use, held, probe_rows, propose
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.spellings import is_real
 from lvmppl.algorithms.statistics import Statistics, keep_dims, reference_of
 from lvmppl.density import Values, unvalidated
 from lvmppl.exact.named import Named, align, union
-from lvmppl.exponential import read_factor
+from lvmppl.exponential import ROW, read_factor
 from lvmppl.fitted import MStep
 
 _GROUP = {"precision": "gamma", "rate": "gamma", "covariance": "covariance", "loc": "loc"}
@@ -43,6 +46,7 @@ class Plan:
     sites: tuple[ClosedSite, ...]
     steps: tuple[MStep, ...]
     complete: bool = False  # every field of every site is looked up: the model need not be run
+    affine: Affine | None = None  # parameters of locations, solved by least squares
 
     @property
     def closed(self) -> tuple[str, ...]:
@@ -52,13 +56,19 @@ class Plan:
     def by_gradient(self) -> tuple[str, ...]:
         return tuple(s.parameter for s in self.steps if s.how == "gradient")
 
+    @property
+    def needs_weights(self) -> bool:
+        """Whether the M-step runs the model again: statistics alone do not settle it."""
+        return bool(self.by_gradient) or self.affine is not None or any(s.residual for s in self.sites)
+
     def demote(self, names: Iterable[str], why: str) -> Plan:
         """The plan with these parameters left to the gradient."""
         moved = set(names)
         steps = tuple(MStep(s.parameter, "gradient", why) if s.parameter in moved else s for s in self.steps)
         keep = {s.parameter for s in steps if s.how == "closed-form"}
         sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))
-        return Plan(sites, steps)
+        affine = None if self.affine is None else self.affine.without(moved)
+        return Plan(sites, steps, affine=affine)
 
 
 def plan_m_step(problem: Problem) -> Plan:
@@ -74,12 +84,13 @@ def describe_m_step(problem: Problem) -> list[tuple[str, str, str]]:
 
 
 def _proposed(problem: Problem) -> Plan:
+    probed = held(problem)
     try:
-        proposal = propose(problem)
+        proposal = propose(probed)
     except Exception as error:  # the model may refuse values it was never meant to see
         why = f"the model does not run at probe values ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         return Plan((), tuple(_step(problem, n, "gradient", why) for n in problem.theta))
-    return _Rules(problem, proposal).plan()
+    return _Rules(problem, probed, proposal).plan()
 
 
 def _step(problem: Problem, name: str, how: str, why: str) -> MStep:
@@ -89,32 +100,32 @@ def _step(problem: Problem, name: str, how: str, why: str) -> MStep:
 class _Rules:
     """From a proposal to a plan: conflicts send a parameter to the gradient, each with its reason."""
 
-    def __init__(self, problem: Problem, proposal: Proposal) -> None:
-        self.problem, self.proposal = problem, proposal
-        data, rows = probe_rows(problem)
+    def __init__(self, problem: Problem, probed: Problem, proposal: Proposal) -> None:
+        self.problem, self.probed, self.proposal = problem, probed, proposal
+        data, rows = probe_rows(probed)
         with torch.no_grad():
-            self.views, _ = problem.model.view(data, problem.initial, rows)
+            self.views, _ = probed.model.view(data, problem.initial, rows)
         self.why: dict[str, str] = {}
         self.ways: dict[str, list[Way]] = {n: [] for n in problem.theta}
+        self.computed: dict[str, list[str]] = {}  # parameter → sites whose location is computed from it
         self.weighted: set[str] = set()
+        self.affine: Affine | None = None
 
     def plan(self) -> Plan:
         self._collect()
+        self._check_computed()
         for name, ways in self.ways.items():
             self._check_ways(name, ways)
         self._check_locations()
-        self._check_spreads()
+        self.affine = self._affine()
         sites = tuple(
             self._site(name, use) for name, use in self.proposal.uses.items() if self._is_wanted(use)
         )
         looked_up = all(use.is_looked_up for use in self.proposal.uses.values()) and not self.proposal.opaque
-        if looked_up and not self.why:
+        complete = looked_up and not self.why and not self.problem.integrates
+        if complete:
             sites = tuple(self._site(name, use) for name, use in self.proposal.uses.items())
-        return Plan(
-            sites,
-            tuple(self._describe(n) for n in self.problem.theta),
-            looked_up and not self.why,
-        )
+        return Plan(sites, tuple(self._describe(n) for n in self.problem.theta), complete, self.affine)
 
     def _collect(self) -> None:
         for site, (family, names) in self.proposal.opaque.items():
@@ -123,18 +134,51 @@ class _Rules:
         for site, use in self.proposal.uses.items():
             for field, lookup in use.lookups.items():
                 if lookup is None or self._is_by_row(lookup):
-                    reason = (
-                        "is chosen by the data"
-                        if lookup is not None
-                        else "is computed from it, not looked up"
-                    )
                     for name in use.depends[field]:
+                        if field == "loc":
+                            self.computed.setdefault(name, []).append(site)
+                            continue
+                        reason = (
+                            "is computed from it, not looked up"
+                            if lookup is None
+                            else "is chosen by the data"
+                        )
                         self._refuse(name, f"{field} of '{site}' {reason}")
                     continue
                 for name in lookup.names:
                     assert lookup.spelling is not None
                     group = _GROUP.get(field, use.reading.kind)
                     self.ways[name].append(Way(site, field, group, lookup.spelling.name))
+
+    def _check_computed(self) -> None:
+        """A parameter that locations are computed from is solved by least squares where these are affine in it."""
+        names = [n for n in self.computed if n not in self.why and n not in self.problem.frozen]
+        for name in list(names):
+            sites = " and ".join(f"'{s}'" for s in dict.fromkeys(self.computed[name]))
+            other = next((w for w in self.ways[name] if w.group != "loc"), None)
+            if self.problem.model.specs[name].is_table:
+                self._refuse(name, "has a row for every datum")
+            elif not is_real(self.problem.model.specs[name].constraint):
+                self._refuse(name, f"loc of {sites} is computed from it, and it is constrained")
+            elif other is not None:
+                self._refuse(name, f"enters the loc of {sites} and is {other.spelling} of '{other.site}'")
+        names = [n for n in names if n not in self.why]
+        kinds = {s: self.proposal.uses[s].reading.kind for n in names for s in self.computed[n]}
+        for name, site in bent(self.probed, names, self.computed, kinds).items():
+            self._refuse(name, f"loc of '{site}' is not affine in it")
+        left = [n for n in names if n not in self.why]
+        if sum(self.problem.initial[n].numel() for n in left) > MAX_ENTRIES:
+            for name in left:
+                self._refuse(name, f"more than {MAX_ENTRIES} entries for least squares")
+
+    def _affine(self) -> Affine | None:
+        names = [n for n in self.computed if self._how(n) == "closed-form"]
+        if not names:
+            return None
+        few = replace(self.problem, data=probe_rows(self.problem, FEW_ROWS)[0])
+        _, weights, _ = e_step(few, self.problem.initial)
+        sizes = {n: self.problem.initial[n].numel() for n in names}
+        return Affine(sizes, couplings(few, names, self.problem.initial, weights))
 
     def _is_by_row(self, lookup: Lookup) -> bool:
         """Entries that vary along the data: known only for the rows probed."""
@@ -148,7 +192,7 @@ class _Rules:
         if self.problem.model.specs[name].is_table:
             self._refuse(name, "has a row for every datum")
         kinds = {(w.group, w.spelling) for w in ways}
-        if len(kinds) > 1:
+        if len(kinds) > 1 and name not in self.computed:
             listing = " and ".join(dict.fromkeys(f"{w.field} of '{w.site}' ({w.spelling})" for w in ways))
             self._refuse(name, f"is used in two ways: {listing}")
 
@@ -165,6 +209,8 @@ class _Rules:
                 for entry, found in entries.items():
                     own.setdefault(entry, set()).update(found)
         for name, by_entry in seen.items():
+            if name in self.computed:
+                continue
             several = {i for found in by_entry.values() if len(found) > 1 for i in found}
             if not several:
                 continue
@@ -178,16 +224,6 @@ class _Rules:
 
     def _is_fixed(self, name: object) -> bool:
         return name in self.problem.frozen
-
-    def _check_spreads(self) -> None:
-        for site, use in self.proposal.uses.items():
-            location = use.lookups.get("loc")
-            if "loc" not in use.lookups or (location is not None and not self._is_by_row(location)):
-                continue
-            for field in ("precision", "covariance"):
-                lookup = use.lookups.get(field)
-                for name in lookup.names if lookup is not None else ():
-                    self._refuse(name, f"the location of '{site}' is computed, not looked up")
 
     def _is_wanted(self, use: Use) -> bool:
         names = {n for f in use.lookups.values() if f is not None for n in f.names}
@@ -204,7 +240,10 @@ class _Rules:
         reference, variance = (m and Named(m.tensor.to(dtype), m.dims) for m in moments)
         names = lookups["loc"].names if "loc" in lookups else ()
         weighted = any(n in self.weighted for n in names)
-        return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted)
+        residual = located and "loc" not in lookups
+        if residual:
+            reference, variance = (m and m.over((*keep, ROW)) for m in (reference, variance))
+        return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted, residual)
 
     def _with_own_constants(self, site: str, use: Use, field: str, lookup: Lookup) -> Lookup:
         """Constants as the model makes them in its own dtype; the probe ran in float64."""
@@ -214,7 +253,8 @@ class _Rules:
         return replace(lookup, constant=reading.fields[field].tensor.to(working_dtype(self.problem)))
 
     def _how(self, name: str) -> str:
-        if name in self.problem.frozen or (not self.ways[name] and name not in self.why):
+        used = self.ways[name] or name in self.computed or name in self.why
+        if name in self.problem.frozen or not used:
             return "fixed"
         return "gradient" if name in self.why else "closed-form"
 
@@ -224,6 +264,9 @@ class _Rules:
             return MStep(name, how, self.why[name])
         if how == "fixed":
             return MStep(name, how, "frozen" if name in self.problem.frozen else "no site depends on it")
+        if name in self.computed:
+            sites = " and ".join(f"'{s}'" for s in dict.fromkeys(self.computed[name]))
+            return MStep(name, how, f"least squares: loc of {sites} is affine in it")
         return MStep(name, how, _in_words(self.ways[name]))
 
 
@@ -295,13 +338,33 @@ def _owner(names: tuple[str, ...], sizes: list[int], entry: int) -> tuple[str, i
 
 
 def solve_closed(
-    problem: Problem, plan: Plan, values: Values, statistics: Mapping[str, Statistics]
+    problem: Problem,
+    plan: Plan,
+    values: Values,
+    statistics: Mapping[str, Statistics],
+    weights: Weights | None = None,
 ) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """θ with the closed-form parameters at their maximum, and the names of those that a floor holds."""
+    """θ with the closed-form parameters at their maximum, and the names of those that a floor holds.
+
+    weights: of the E-step, wanted where the plan `needs_weights`.
+    """
     if not plan.closed:
         return dict(values), frozenset()
+    affine, residual = plan.affine, [s for s in plan.sites if s.residual]
+    solved = set(plan.closed) - set(affine.names if affine else ())
+
+    def between(led: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Statistics]]:
+        assert weights is not None, (
+            "least squares and squares about computed locations need the E-step's weights"
+        )
+        now = {n: v.squeeze(0) for n, v in led.items()}
+        now = now if affine is None else solve_affine(problem, affine, now, weights)
+        own = residual_statistics(problem, now, weights, residual) if residual else {}
+        return {n: v.unsqueeze(0) for n, v in now.items()}, own
+
     led = {n: v.unsqueeze(0) for n, v in values.items()}
-    done: Solution = solve(plan.sites, problem.model.specs, plan.closed, led, statistics)
+    hook = between if affine is not None or residual else None
+    done: Solution = solve(plan.sites, problem.model.specs, solved, led, statistics, between=hook)
     return {n: v.squeeze(0) for n, v in done.values.items()}, done.floored
 
 

@@ -9,7 +9,7 @@ act at the probes, say): the caller verifies it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from torch.distributions import transform_to
 from lvmppl.algorithms.evidence import is_chunkable
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import SPELLINGS, Spelling
-from lvmppl.density import Rows, SiteView, Values, isolated, unvalidated
+from lvmppl.density import POINTS, Rows, SiteView, Values, isolated, unvalidated
+from lvmppl.exact.continuous import held_at
+from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named
 from lvmppl.exponential import Reading, read_factors
 
@@ -88,12 +90,25 @@ def probe_rows(problem: Problem, limit: int = PROBE_ROWS) -> tuple[Values, Rows]
     return {k: v[index] for k, v in problem.data.items()}, Rows(limit)
 
 
+def held(problem: Problem) -> Problem:
+    """The problem on the rows to probe, its continuous sites at points of their posterior at the start values."""
+    data, _ = probe_rows(problem)
+    if not problem.integrates:
+        return replace(problem, data=data)
+    with torch.no_grad():
+        posterior = continuous_posterior(problem.model, data, problem.initial)
+    return replace(problem, data=data, model=held_at(problem.model, posterior.layout, posterior.nodes()[0]))
+
+
 def propose(problem: Problem) -> Proposal:
     """Probe the model twice, in float64, and match.
+
+    problem: its model's continuous sites held at points, if it has any (`held`).
 
     Raises whatever the model raises at the probe values.
     """
     data, rows = probe_rows(problem)
+    problem = replace(problem, model=problem.model.to(torch.float64))
     with isolated(seed=20_011, dtype=torch.float64), unvalidated():
         data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
         first, second = _probe(problem, 0), _probe(problem, 1)
@@ -177,6 +192,8 @@ def _use(one: Reading, two: Reading, match: _Matcher, leaves: Values) -> Use:
     for field, named in one.fields.items():
         other = two.fields[field]
         found = match.field(one.kind, field, named, other) if named.dims == other.dims else None
+        if POINTS in named.dims:  # what depends on continuous sites moves with them: no table of it
+            found = None
         lookups[field] = found
         if found is not None:
             depends[field] = frozenset(found.names)

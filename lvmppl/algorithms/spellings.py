@@ -38,7 +38,8 @@ def _elementwise(constraint: Constraint) -> bool:
     return _plain(constraint).event_dim == 0 and not constraint.is_discrete
 
 
-def _real(constraint: Constraint) -> bool:
+def is_real(constraint: Constraint) -> bool:
+    """Whether the entries of a parameter may take any value."""
     return _plain(constraint) is constraints.real
 
 
@@ -77,7 +78,7 @@ SIMPLEX = (
     Spelling(
         "logits",
         1,
-        _real,
+        is_real,
         lambda p: torch.softmax(p, -1),
         lambda p, old: safe_log(p) + torch.logsumexp(old, -1, keepdim=True),
     ),
@@ -86,7 +87,7 @@ SIMPLEX = (
 PROBABILITY = (
     Spelling("probability", 0, _unit, lambda p: p, lambda p, old: p),
     Spelling("1 − probability", 0, _unit, lambda p: 1 - p, lambda p, old: 1 - p),
-    Spelling("logit", 0, _real, torch.sigmoid, lambda p, old: torch.logit(p)),
+    Spelling("logit", 0, is_real, torch.sigmoid, lambda p, old: torch.logit(p)),
 )
 
 POSITIVE = (
@@ -94,18 +95,18 @@ POSITIVE = (
     Spelling("mean or variance", 0, _positive, lambda p: 1 / p, lambda t, old: 1 / t),
     Spelling("standard deviation", 0, _positive, lambda p: p**-2, lambda t, old: t**-0.5),
     Spelling("root of the rate", 0, _positive, torch.square, lambda t, old: t**0.5),
-    Spelling("log rate or log precision", 0, _real, torch.exp, lambda t, old: safe_log(t)),
-    Spelling("log mean or log variance", 0, _real, lambda p: torch.exp(-p), lambda t, old: -safe_log(t)),
+    Spelling("log rate or log precision", 0, is_real, torch.exp, lambda t, old: safe_log(t)),
+    Spelling("log mean or log variance", 0, is_real, lambda p: torch.exp(-p), lambda t, old: -safe_log(t)),
     Spelling(
-        "log standard deviation", 0, _real, lambda p: torch.exp(-2 * p), lambda t, old: -safe_log(t) / 2
+        "log standard deviation", 0, is_real, lambda p: torch.exp(-2 * p), lambda t, old: -safe_log(t) / 2
     ),
     Spelling(
-        "softplus of the rate", 0, _real, torch.nn.functional.softplus, lambda t, old: _softplus_inverse(t)
+        "softplus of the rate", 0, is_real, torch.nn.functional.softplus, lambda t, old: _softplus_inverse(t)
     ),
     Spelling(
         "softplus of the standard deviation",
         0,
-        _real,
+        is_real,
         lambda p: torch.nn.functional.softplus(p) ** -2,
         lambda t, old: _softplus_inverse(t**-0.5),
     ),
@@ -113,7 +114,7 @@ POSITIVE = (
 
 LOCATION = (
     Spelling("location", 0, _elementwise, lambda p: p, lambda m, old: m),
-    Spelling("− location", 0, _real, lambda p: -p, lambda m, old: -m),
+    Spelling("− location", 0, is_real, lambda p: -p, lambda m, old: -m),
     Spelling("exp of the location", 0, _positive, torch.log, lambda m, old: m.exp()),
 )
 

@@ -55,7 +55,7 @@ def start_values(
     weights = _responsibility_weights(problem, how, restart)
     if plan is not None and plan.closed:
         statistics = _statistics_of(problem, plan, weights)
-        values, _ = solve_closed(problem, plan, values, statistics)
+        values, _ = solve_closed(problem, plan, values, statistics, weights)
     names = problem.free_theta if plan is None else plan.by_gradient
     if names:
         values.update(gradient_m_step(problem, values, weights, _START_STEPS, tolerance=1e-6, names=names))

@@ -32,7 +32,7 @@ _ROUNDING = {torch.float64: 1.0, torch.float32: 2e4}  # by how much looser, by d
 def not_stationary(problem: Problem, plan: Plan, values: Values) -> dict[str, str]:
     """Closed-form parameters whose gradient does not vanish after one M-step from `values`, with the reason."""
     _, weights, statistics = e_step(problem, values, plan.sites)
-    solved, floored = solve_closed(problem, plan, values, statistics)
+    solved, floored = solve_closed(problem, plan, values, statistics, weights)
     names = [n for n in plan.closed if n not in floored]
     here = _gradients(problem, solved, weights, plan.closed)
     there = _gradients(problem, _perturbed(problem, solved, plan.closed), weights, plan.closed)

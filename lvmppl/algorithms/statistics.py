@@ -35,8 +35,8 @@ def keep_dims(reading: Reading) -> tuple[str, ...]:
 def accumulate(reading: Reading, q: Named, keep: Sequence[str], reference: Named | None) -> Statistics:
     """The statistics of one site on the rows at hand, by kind.
 
-    simplex: `counts` [keep, ·v]. beta, gamma: `a`, `b` [keep]. normal: `n`, `first`, `second` about `reference`. mvn: the
-    same, with `·i` and packed `·p` axes.
+    simplex: `counts` [keep, ·v]. beta, gamma: `a`, `b` [keep]. normal: `n`, `first`, `second` about `reference`, or where
+    that is None about the site's own location. mvn: the same, with `·i` and packed `·p` axes.
     """
     mask = reading.mask()
     if mask is not None:
@@ -47,8 +47,7 @@ def accumulate(reading: Reading, q: Named, keep: Sequence[str], reference: Named
     parts = reading.statistics(q.tensor.dtype)
     if reading.kind in ("beta", "gamma"):
         return {key: contract(q, t, keep, value_dims, parts) for key, t in zip("ab", parts, strict=True)}
-    assert reference is not None
-    centred = _minus(parts[0], reference)
+    centred = _minus(parts[0], reading.fields["loc"] if reference is None else reference)
     one = Named(torch.ones((), dtype=q.tensor.dtype), ())
     n = contract(q, one, keep, tuple(d for d in value_dims if d != ROW), parts)
     if reading.kind == "normal":
@@ -104,9 +103,8 @@ def _times(a: Named, b: Named) -> Named:
 
 
 def _minus(a: Named, b: Named) -> Named:
-    dims = tuple(d for d in a.dims if d != ROW) + ((ROW,) if ROW in a.dims else ())
-    missing = tuple(d for d in b.dims if d not in dims)
-    assert not missing, "a reference has event axes of the value only"
+    every = union((a.dims, b.dims))
+    dims = tuple(d for d in every if d != ROW) + ((ROW,) if ROW in every else ())
     return Named(align(a, dims) - align(b, dims), dims)
 
 

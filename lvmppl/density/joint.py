@@ -77,6 +77,10 @@ class Joint:
         """
         return HeldJoint(self, points, configurations or {})
 
+    def to(self, dtype: torch.dtype) -> Joint:
+        """The same with points at which sites are held, if any are, in another dtype."""
+        return self
+
     def view(
         self, data: Values, values: Values, rows: Rows | None = None
     ) -> tuple[dict[str, SiteView], Evaluation]:
@@ -113,7 +117,6 @@ class HeldJoint(Joint):
             yield
 
     def to(self, dtype: torch.dtype) -> HeldJoint:
-        """The same with its points in another dtype."""
         points = {n: v.to(dtype) for n, v in self.points.items()}
         base = Joint(self.model, self.structure)
         first = base.first_available_dim

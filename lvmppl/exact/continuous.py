@@ -212,7 +212,11 @@ def is_constant(factor: Factor, joint: Joint, layout: Layout) -> bool:
 
 
 def _is_prior(factor: Factor, joint: Joint) -> bool:
-    return joint.structure.sites[factor.site].kind == "parameter" if factor.site in joint.structure.sites else False
+    return (
+        joint.structure.sites[factor.site].kind == "parameter"
+        if factor.site in joint.structure.sites
+        else False
+    )
 
 
 def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tensor:

@@ -15,6 +15,12 @@ class Named(NamedTuple):
     tensor: Tensor
     dims: tuple[str, ...]
 
+    def over(self, dims: Sequence[str]) -> Named:
+        """The mean over the axes that are not among `dims`."""
+        axes = [i for i, d in enumerate(self.dims) if d not in dims]
+        kept = tuple(d for d in self.dims if d in dims)
+        return Named(self.tensor.mean(axes) if axes else self.tensor, kept)
+
 
 def align(named: Named, dims: Sequence[str]) -> Tensor:
     """The tensor with its axes in the order of `dims`, size 1 where it has none of that name."""
