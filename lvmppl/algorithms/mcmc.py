@@ -148,7 +148,7 @@ class LogDensity:
         return eliminate(evaluation.factors, evaluation.variables, evaluation.plate_sizes, plate).total
 
     def _evaluate(self, points: Values) -> Evaluation:
-        return self.problem.model.evaluate_at(self.data, self.values, points, self.rows)
+        return self.problem.model.held(points).evaluate(self.data, self.values, self.rows)
 
     def conditional(self, points: Values) -> Posterior:
         """p(c | z, x; θ) of the enumerated sites, exact."""
