@@ -392,10 +392,10 @@ def _collect(
     for name in plan.experiment.fits:
         if name not in fits:
             continue
-        _, fit = fits[name]
+        problem, fit = fits[name]
         parts["history"].append(_labelled(fit.all_history, name))
         parts["parameters"].append(_parameter_rows(name, fit))
-        parts["posterior"].extend(_posterior_rows(name, fit))
+        parts["posterior"].extend(_posterior_rows(name, problem, fit))
         parts["gaps"].append(gaps(name, fit))
     frames = {
         key: tables.validate(key, pd.concat(frames, ignore_index=True)) if frames else tables.empty(key)
@@ -480,7 +480,7 @@ def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["fit", "parameter", "position", "value"])
 
 
-def _posterior_rows(name: str, fit: Fit) -> list[pd.DataFrame]:
+def _posterior_rows(name: str, problem: Problem, fit: Fit) -> list[pd.DataFrame]:
     """Rows of kind exact, variational and mcmc, datum numbered within the training rows."""
     frames = []
     if fit.sampled is not None:
@@ -488,9 +488,8 @@ def _posterior_rows(name: str, fit: Fit) -> list[pd.DataFrame]:
     for kind, found in (("exact", fit.posterior), ("variational", fit.variational)):
         if found is not None and (found.variables or isinstance(found, ContinuousPosterior)):
             frames.append(found.to_frame().assign(fit=name, kind=kind))
-    size = 0 if fit.elbo_per_datum is None else len(fit.elbo_per_datum)
     for site, (mean, sd) in fit.moments.items():
-        local = mean.dim() > 0 and mean.shape[0] == size
+        local = problem.data_plate in problem.model.structure.sites[site].plates
         frames.append(moment_frame(site, mean, sd, local).assign(fit=name, kind="variational"))
     return frames
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.problem import Problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
-from lvmppl.density import Factor, Rows, Values
+from lvmppl.density import Factor, Rows, Values, Variable
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
@@ -95,19 +95,41 @@ def exact_posterior(problem: Problem, values: Values) -> Posterior | ContinuousP
 
 def _enumerated_posterior(problem: Problem, values: Values) -> Posterior:
     parts: list[tuple[Factor, ...]] = []
+    known: list[Mapping[str, Variable]] = []
     with torch.no_grad():
         for data, rows in chunks(problem):
             last = problem.model.evaluate(data, values, rows)
             sites = problem.model.structure.sites
             own = (f for f in last.factors if f.site not in sites or sites[f.site].kind != "parameter")
             parts.append(tuple(own))
+            known.append(last.variables)
     sizes = dict(last.plate_sizes)
     plate = problem.data_plate
     if plate is not None:
         sizes[plate] = problem.num_rows
-    factors = parts[0] if len(parts) == 1 else tuple(_join(list(f), plate) for f in zip(*parts, strict=True))
+    factors = join_factors(parts, plate)
     names = ", ".join(last.variables) or "no latent site"
-    return Posterior(factors, last.variables, sizes, plate, f"enumeration of {names} by variable elimination")
+    engine = f"enumeration of {names} by variable elimination"
+    return Posterior(factors, join_variables(known, plate), sizes, plate, engine)
+
+
+def join_variables(pieces: Sequence[Mapping[str, Variable]], plate: str | None) -> dict[str, Variable]:
+    """The variables of all rows from those of consecutive pieces: the lengths of chains differ by row."""
+    found = dict(pieces[0])
+    for name, first in pieces[0].items():
+        if plate in first.lengths_dims and len(pieces) > 1:
+            axis = first.lengths_dims.index(str(plate))
+            own = [(p[name].lengths, p[name].lengths_dims == first.lengths_dims) for p in pieces]
+            lengths = torch.cat([v if same else v.unsqueeze(axis) for v, same in own if v is not None], axis)
+            found[name] = replace(first, lengths=lengths)
+    return found
+
+
+def join_factors(pieces: Sequence[Sequence[Factor]], plate: str | None) -> tuple[Factor, ...]:
+    """The factors of all rows from those of consecutive pieces, which list them in the same order."""
+    if len(pieces) == 1:
+        return tuple(pieces[0])
+    return tuple(_join(list(f), plate) for f in zip(*pieces, strict=True))
 
 
 def _join(pieces: list[Factor], plate: str | None) -> Factor:

@@ -129,6 +129,8 @@ class Stepper:
         Raises:
             NotFinite: the gradient is not finite; nothing has moved.
         """
+        if not value.requires_grad:  # nothing is free, or the objective does not depend on it
+            return
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
         (-value).backward()

@@ -40,6 +40,7 @@ def build_evaluation(
     guide_factors: list[Factor] = []
     score_factors: list[Factor] = []
     samples: dict[str, Tensor] = {}
+    sample_axes: dict[str, dict[int, str]] = {}
     guide_variables: set[str] = set()
     plate = structure.data_plate
     if guide_trace is not None:
@@ -56,6 +57,7 @@ def build_evaluation(
             guide_factors.extend(own)
             if name not in variables:
                 samples[name] = site["value"]
+                sample_axes[name] = _axis_names(site, names, extra)
                 if not site["fn"].has_rsample and not _is_delta(site["fn"]):
                     score_factors.extend(own)
     model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if is_sample(s)}
@@ -74,6 +76,7 @@ def build_evaluation(
         sizes,
         samples,
         tuple(score_factors),
+        sample_axes,
     )
 
 

@@ -177,3 +177,6 @@ class Evaluation:
         default_factory=dict
     )  # drawn values of the guide's continuous sites
     score_factors: tuple[Factor, ...] = ()  # log q of drawn sites that have no reparameterised gradient
+    sample_axes: Mapping[str, Mapping[int, str]] = field(
+        default_factory=dict
+    )  # of each drawn value: what its batch axes are called, by negative axis
