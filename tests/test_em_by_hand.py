@@ -197,6 +197,30 @@ def test_collapsing_variance_equals_its_floor() -> None:
     assert fit.history["objective"].diff().min() >= -1e-9 * abs(fit.log_evidence)
 
 
+@pytest.mark.parametrize("last", ["sum", "still", "few"])
+@pytest.mark.parametrize("seed", [0, 4, 7])
+def test_singular_covariance_has_its_smallest_direction_at_the_floor(last: str, seed: int) -> None:
+    """A coordinate that is the sum of two others, one that never varies, and a component of fewer rows than dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(60, 2, generator=generator, dtype=torch.float64)
+    b = torch.randn(25, 6, generator=generator, dtype=torch.float64)
+    x = {
+        "sum": torch.cat([a, a.sum(1, keepdim=True)], 1),
+        "still": torch.cat([a, torch.ones_like(a[:, :1])], 1),
+    }
+    model = functools.partial(gaussian_mixture, num_components=4 if last == "few" else 2)
+    options = {"algorithm": "em", "init": "random", "seed": seed, "max_steps": 60}
+    fit = lvmppl.fit(model, {"x": x.get(last, b)}, **options)
+    assert fit.status != "diverged", fit.message
+    assert "covariance" in fit.message and "floor" in fit.message
+    data = x.get(last, b)
+    spread = data.var(0, correction=0)
+    spread = torch.where(spread > 1e-20, spread, spread.sum() / (spread > 1e-20).sum()).sqrt()
+    scaled = fit.parameters["covariance"] / (spread[:, None] * spread)
+    smallest = torch.linalg.eigvalsh(scaled).min()
+    assert float(smallest) == pytest.approx(torch.finfo(torch.float64).eps ** 0.5, rel=1e-4)
+
+
 def test_probability_on_its_boundary_equals_the_frequency() -> None:
     def model(x: Tensor) -> None:
         chance = pyro.param(

@@ -5,15 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from em_continuous_models import CASES
-from em_models import Case
+from em_models import ENUMERATE, Case
+from torch import Tensor
+from torch.distributions import constraints
 
 import lvmppl
 from lvmppl.algorithms.evidence import log_evidence
 from lvmppl.algorithms.expected import e_step, expected_log_joint, gradient_m_step
 from lvmppl.algorithms.m_step import describe_m_step, plan_m_step, solve_closed
+from lvmppl.algorithms.probing import PROBE_ROWS, probe_indices
 from lvmppl.algorithms.problem import Problem, build_problem
 from lvmppl.density import Coordinates, isolated, unvalidated
 
@@ -108,3 +113,26 @@ def test_gradient_of_log_evidence_vanishes_at_a_fixed_point_of_em(case: Case) ->
 
         start, end = gradient(problem.initial), gradient(best.parameters)
     assert float(end.norm()) < 0.02 * float(start.norm())
+
+
+def shifted_on_few_rows(x: Tensor, shifted: Tensor) -> None:
+    weights = pyro.param("weights", torch.full((2,), 0.5, dtype=x.dtype), constraint=constraints.simplex)
+    loc = pyro.param("loc", torch.tensor([-1.0, 1.0], dtype=x.dtype))
+    shift = pyro.param("shift", torch.tensor(0.1, dtype=x.dtype))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z] + torch.where(shifted > 0, shift, 0.0), 1.0), obs=x)
+
+
+def test_parameter_of_rows_between_the_probed_ones_equals_the_maximum_of_enumeration() -> None:
+    size = 2 * PROBE_ROWS + 3
+    shifted = torch.zeros(size, dtype=torch.float64)
+    shifted[1:90:3] = 1
+    shifted[probe_indices(size)] = 0
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 5 * shifted
+    data = {"x": x, "shifted": shifted}
+    fit = lvmppl.fit(shifted_on_few_rows, data, algorithm="em", max_steps=60)
+    assert {s.parameter: s.how for s in fit.m_step}["shift"] == "gradient"
+    best = lvmppl.fit(shifted_on_few_rows, data, algorithm="enumeration")
+    assert float(fit.parameters["shift"]) == pytest.approx(float(best.parameters["shift"]), abs=1e-2)
+    assert float(best.parameters["shift"]) > 3

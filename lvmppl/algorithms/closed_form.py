@@ -8,9 +8,10 @@ sites or time steps are thereby tied) and solved:
     gamma    τ = A / B           covariance  Σ = Σ q (x − μ)(x − μ)ᵀ / n
 
 What the equations do not settle: an entry without weight (an emptied component) keeps its value; a variance is held at
-a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), for a covariance
-in every direction, since the likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to
-the bound. Each of these is the maximum under its restriction, so the log evidence still never falls.
+a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), a covariance in
+every direction at ε^(1/2) times it (1.5 · 10⁻⁸: solving with a matrix loses as many digits as its condition number
+has), since the likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to the bound.
+Each of these is the maximum under its restriction, so the log evidence still never falls.
 
 Shapes: R restarts lead every tensor (1 without); P entries of the parameters of a lookup.
 """
@@ -222,7 +223,7 @@ def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: i
         )
         cross = site.full(s["first"], restarts, core).unsqueeze(-1) * shift.unsqueeze(-2)
         matrix = matrix - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
-    floor = torch.diag_embed(site.full(_floor(site.variance, site.reference), restarts, core))
+    floor = torch.diag_embed(site.full(_matrix_floor(site.variance, site.reference), restarts, core))
     both = (ROW, COLUMN)
     parts = {"n": n.expand_as(matrix), "scatter": matrix, "floor": n * floor}
     return {k: _to_field(site, "covariance", v, both) for k, v in parts.items()}
@@ -234,6 +235,15 @@ def _floor(variance: Named, mean: Named) -> Named:
     eps: float = torch.finfo(tensor.dtype).eps ** (2 / 3)
     still = torch.where(mean.tensor == 0, torch.ones_like(tensor), mean.tensor.square())
     return Named(eps * torch.where(tensor > 0, tensor, eps * still), variance.dims)
+
+
+def _matrix_floor(variance: Named, mean: Named) -> Named:
+    """ε^(1/2) of the variance of each coordinate; of one that does not vary, of the mean variance of the others (or of
+    its mean square): a far smaller entry would drown in the rounding of its covariances."""
+    v, square = variance.tensor, align(mean, variance.dims).square()
+    others = v.sum(-1, keepdim=True) / (v > 0).sum(-1, keepdim=True).clamp_min(1)
+    still = torch.where(others > 0, others, torch.where(square > 0, square, 1.0))
+    return Named(torch.finfo(v.dtype).eps ** 0.5 * torch.where(v > 0, v, still), variance.dims)
 
 
 _PARTS = {

@@ -128,8 +128,14 @@ class _Run:
         """Whether the log evidence is lower than it was, by more than rounding (or not a number)."""
         if not trajectory.values:
             return not math.isfinite(objective)
-        before, rounding = trajectory.objective, ROUNDING.get(working_dtype(self.problem), 1e-5)
-        return not (math.isfinite(objective) and objective >= before - rounding * abs(before) - self.slack)
+        before, dtype = trajectory.objective, working_dtype(self.problem)
+        # A sum over rows may pass through 0, where what is lost is relative to its terms; a matrix at its floor ε^(1/2)
+        # loses half of the digits of each.
+        rows = self.problem.num_rows
+        slack = ROUNDING.get(dtype, 1e-5) * max(abs(before), rows)
+        if trajectory.message:
+            slack = max(slack, torch.finfo(dtype).eps ** 0.5 * rows)
+        return not (math.isfinite(objective) and objective >= before - slack - self.slack)
 
     def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
         step = len(trajectory.rows) - 1

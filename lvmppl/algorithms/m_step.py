@@ -18,7 +18,7 @@ from lvmppl.algorithms.closed_form import ClosedSite, Solution, solve
 from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.expected import Weights, e_step, residual_statistics
 from lvmppl.algorithms.least_squares import FEW_ROWS, MAX_ENTRIES, Affine, bent, couplings, solve_affine
-from lvmppl.algorithms.probing import PROBE_ROWS, Lookup, Proposal, Use, held, probe_rows, propose
+from lvmppl.algorithms.probing import PROBE_ROWS, Lookup, Proposal, Use, depends_on, held, probe_rows, propose
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import is_real
 from lvmppl.algorithms.statistics import Statistics, keep_dims, reference_of
@@ -73,8 +73,24 @@ class Plan:
 
 def plan_m_step(problem: Problem) -> Plan:
     """Propose, then verify on a part of the data at the start values."""
-    plan = _proposed(problem)
+    plan = _seen_by_all_rows(problem, _proposed(problem))
     return verified(problem, plan, problem.initial)
+
+
+def _seen_by_all_rows(problem: Problem, plan: Plan) -> Plan:
+    """The plan with the parameters that only rows beyond the probed ones depend on left to the gradient."""
+    unseen = {s.parameter for s in plan.steps if s.how == "fixed"} - set(problem.frozen)
+    if not unseen or probe_rows(problem)[1].size == problem.num_rows:
+        return plan
+    found: set[str] = set()
+    for data, rows in chunks(problem):
+        leaves = {n: v.detach().clone().requires_grad_(n in unseen) for n, v in problem.initial.items()}
+        with torch.enable_grad():
+            factors = problem.model.evaluate(data, leaves, rows).factors
+            found |= depends_on((f.log_prob for f in factors), {n: leaves[n] for n in unseen - found})
+        if found == unseen:
+            break
+    return plan.demote(sorted(found), "enters rows that were not probed")
 
 
 def describe_m_step(problem: Problem) -> list[tuple[str, str, str]]:

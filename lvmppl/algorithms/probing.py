@@ -86,8 +86,13 @@ def probe_rows(problem: Problem, limit: int = PROBE_ROWS) -> tuple[Values, Rows]
     total = problem.num_rows
     if total <= limit or not is_chunkable(problem):
         return problem.data, Rows(total)
-    index = torch.linspace(0, total - 1, limit).long()
+    index = probe_indices(total, limit)
     return {k: v[index] for k, v in problem.data.items()}, Rows(limit)
+
+
+def probe_indices(total: int, limit: int = PROBE_ROWS) -> Tensor:
+    """Which rows are probed: `limit` of them, evenly spaced."""
+    return torch.linspace(0, total - 1, limit).long()
 
 
 def held(problem: Problem) -> Problem:
