@@ -221,6 +221,29 @@ def test_singular_covariance_has_its_smallest_direction_at_the_floor(last: str, 
     assert float(smallest) == pytest.approx(torch.finfo(torch.float64).eps ** 0.5, rel=1e-4)
 
 
+def test_component_close_to_collapsing_is_named_with_the_ratio_of_its_variance() -> None:
+    x = points()
+    model = functools.partial(mixture, locs=(0.5, 0.6), variances=(1e-3, 3.0))
+    fit = lvmppl.fit(model, {"x": x}, algorithm="em", max_steps=2, tolerance=0)
+    narrow = float(fit.parameters["variance"].min() / x.var(correction=0))
+    assert narrow < 1e-4 and f"{narrow:.1e}" in fit.message and "nearly collapsed" in fit.message
+    wide = functools.partial(mixture, locs=(-1.0, 1.0), variances=(1.0, 1.0))
+    assert lvmppl.fit(wide, {"x": x}, algorithm="em", max_steps=2, tolerance=0).message == ""
+
+
+def test_logit_of_a_column_of_ones_lies_at_infinity_and_says_so() -> None:
+    def model(x: Tensor) -> None:
+        logit = pyro.param("logit", torch.zeros(3, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(logits=logit).to_event(1), obs=x)
+
+    x = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    fit = lvmppl.fit(model, {"x": x}, algorithm="em")
+    torch.testing.assert_close(torch.sigmoid(fit.parameters["logit"]), x.mean(0))
+    assert "logit lies at infinity" in fit.message
+    assert fit.log_evidence == pytest.approx(2 * (np.log(1 / 3) + 2 * np.log(2 / 3)))
+
+
 def test_probability_on_its_boundary_equals_the_frequency() -> None:
     def model(x: Tensor) -> None:
         chance = pyro.param(
@@ -264,7 +287,7 @@ def test_fall_of_log_evidence_ends_the_fit_and_names_step_and_parameter(
     model = functools.partial(mixture, locs=(-1.0, 1.0), variances=(1.0, 1.0))
     fit = lvmppl.fit(model, {"x": points()}, algorithm="em", max_steps=9, tolerance=0)
     assert fit.status == "diverged"
-    assert "at step 3" in fit.message and "loc" in fit.message
+    assert "at step 3" in fit.message and fit.message.endswith("which updated loc")
     assert fit.log_evidence == pytest.approx(fit.history["objective"].max(), rel=1e-12)
 
 

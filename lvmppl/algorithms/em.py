@@ -21,6 +21,7 @@ from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified, working_dtype
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.remarks import remarks
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
@@ -43,7 +44,10 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
     with unvalidated():
         run = _Run(problem, options, plan_m_step(problem))
         done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
-    return replace(finish(problem, options, done, best_of(done)), m_step=run.plan.steps)
+        best = best_of(done)
+        notes = [best.message, *remarks(run.plan, best.values)]
+        best.message = "; ".join(dict.fromkeys(note for note in notes if note))
+    return replace(finish(problem, options, done, best), m_step=run.plan.steps)
 
 
 class _Run:
@@ -139,7 +143,7 @@ class _Run:
 
     def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
         step = len(trajectory.rows) - 1
-        moved = ", ".join(self.plan.closed + self.plan.by_gradient) or "no parameter"
+        moved = ", ".join(self._lowering(trajectory, values)) or "no parameter"
         trajectory.status = "diverged"
         trajectory.message = (
             f"log evidence went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
@@ -147,6 +151,14 @@ class _Run:
         )
         trajectory.values = trajectory.values or detached(values)
         return trajectory
+
+    def _lowering(self, trajectory: Trajectory, values: Mapping[str, Tensor]) -> tuple[str, ...]:
+        """The updated parameters that lower the log evidence by their own update alone; all where no single one does."""
+        updated = self.plan.closed + self.plan.by_gradient
+        if not trajectory.values:
+            return updated
+        alone = {n: self._e_step({**trajectory.values, n: values[n]})[0] for n in updated}
+        return tuple(n for n, objective in alone.items() if self._falls(trajectory, objective)) or updated
 
     def _check_tables(self, step: int, values: Mapping[str, Tensor]) -> None:
         """That the model still computes what the tables hold: at every step that is a power of 2 (a run of the model
