@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lvmppl.errors import InputError, IntractableError, ModelError
     from lvmppl.fitted import Fit, load_fit
-    from lvmppl.inference import fit, posterior
+    from lvmppl.inference import fit, posterior, variational_posterior
     from lvmppl.posteriors import Posterior
     from lvmppl.runner import Run, run
 
@@ -32,6 +32,7 @@ _HOMES = {
     "load_fit": "lvmppl.fitted",
     "posterior": "lvmppl.inference",
     "run": "lvmppl.runner",
+    "variational_posterior": "lvmppl.inference",
 }
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "load_fit",
     "posterior",
     "run",
+    "variational_posterior",
 ]
 
 

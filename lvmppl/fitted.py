@@ -63,6 +63,7 @@ class Fit:
         default_factory=dict
     )  # of q's continuous sites: [2, *shape], mean and sd
     m_step: tuple[MStep, ...] = ()  # EM only
+    guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
 
     @property
@@ -88,6 +89,7 @@ class Fit:
         for group, values in (
             ("theta", self.parameters),
             ("lambda", self.guide_parameters),
+            ("buffer", self.guide_buffers),
             ("q", self.moments),
         ):
             tensors.update({f"{group}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
@@ -130,11 +132,12 @@ def load_fit(path: str | Path) -> Fit:
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
     sampled = _unpack_sampled(meta.pop("sampled", None), tensors)
-    groups = {g: _group(f"{g}/", tensors) for g in ("theta", "lambda", "q")}
+    groups = {g: _group(f"{g}/", tensors) for g in ("theta", "lambda", "buffer", "q")}
     return Fit(
         **meta,
         parameters=groups["theta"],
         guide_parameters=groups["lambda"],
+        guide_buffers=groups["buffer"],
         moments=groups["q"],
         variational=variational,
         all_history=history,

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.heldout import serve
+from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem, Progress, build_problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
-from lvmppl.options import Options, parse_options
+from lvmppl.options import Options, VEMOptions, parse_options
 from lvmppl.posteriors import Posterior
 
 Data = Mapping[str, Any]
@@ -97,6 +99,43 @@ def posterior(
             listing = ", ".join(problem.theta) or "it has none"
             raise InputError("parameters", f"parameters of the model ({listing})", ", ".join(unknown))
         return exact_posterior(problem, problem.initial)
+
+
+def variational_posterior(
+    model: Callable[..., Any],
+    data: Data,
+    fit: Fit,
+    *,
+    guide: Callable[..., Any],
+    data_plate: str | None = None,
+    seed: int = 0,
+) -> Fit:
+    """q(z; λ) of new rows at a fit's θ, and their bound.
+
+    An encoder's λ applies as it is; a table with a row per datum, and an autoguide over the latents of all rows, are
+    optimised for the new rows. θ is held. guide: the one that the fit was made with.
+
+    The result is a fit of the new rows: `variational` and `moments` describe q, `elbo_per_datum` and `elbo` are the bound
+    (nats), `posterior` and `log_evidence` are exact at the same θ where they exist.
+
+    Raises:
+        InputError: the data are wrong, or the guide is not the fit's.
+    """
+    tensors = as_tensors(data)
+    with isolated(derive_seed(seed, "variational_posterior"), dtype_of(tensors)):
+        problem = build_problem(
+            "variational_posterior",
+            model,
+            tensors,
+            guide=guide,
+            guide_takes_model=takes_model(guide),
+            guide_name=_name(guide),
+            data_plate=data_plate,
+            start=fit.parameters,
+            seed=seed,
+        )
+        found = serve(problem, fit)
+        return finish(problem, VEMOptions(), [found], found)
 
 
 def run_problem(problem: Problem, options: Options) -> Fit:
@@ -184,4 +223,5 @@ __all__ = [
     "posterior",
     "run_problem",
     "takes_model",
+    "variational_posterior",
 ]

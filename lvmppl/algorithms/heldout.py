@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from lvmppl.algorithms import vem
+from lvmppl.algorithms.ascent import Trajectory
 from lvmppl.algorithms.outcome import evaluate
 from lvmppl.algorithms.problem import Problem, build_problem
-from lvmppl.density import unvalidated
-from lvmppl.errors import IntractableError
+from lvmppl.density import spans_rows, unvalidated
+from lvmppl.errors import InputError, IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.options import VEMOptions
 
@@ -27,15 +28,13 @@ def score_rows(
 
     An encoder's λ applies to new rows as it is; a λ table is optimised for them with θ held.
     """
-    guide = None if problem.guided is None or problem.guided.guide is None else problem.guided.guide.function
-    start = {**fit.parameters}
     fresh = build_problem(
         problem.name,
         model,
         rows,
-        guide=guide,
+        **(problem.rebuild_guide or {}),
         data_plate=problem.data_plate,
-        start=start,
+        start=fit.parameters,
         seed=problem.seed,
     )
     if fresh.guided is None:
@@ -43,16 +42,45 @@ def score_rows(
             return evaluate(fresh, fresh.initial).log_evidence, math.nan
         except IntractableError:
             return math.nan, math.nan
-    own = {
-        n: v
-        for n, v in fit.guide_parameters.items()
-        if n in fresh.lambda_ and not fresh.guided.specs[n].is_table
-    }
-    fresh = replace(fresh, initial={**fresh.initial, **own}, frozen=(*fresh.theta, *own))
-    values = fresh.initial
-    if fresh.free_lambda:
-        options = VEMOptions(max_steps=_TEST_STEPS, e_steps=20, learning_rate=0.1, freeze=fresh.frozen)
-        with unvalidated():
-            values = vem.ascend(fresh, options).values
-    score = evaluate(fresh, values)
+    score = evaluate(fresh, serve(fresh, fit).values)
     return score.log_evidence, score.elbo
+
+
+def serve(fresh: Problem, fit: Fit) -> Trajectory:
+    """λ of new rows at the fit's θ, which is held: an encoder's applies as it is, a table is optimised for these rows.
+
+    fresh: the problem of the new rows, its θ the fit's.
+
+    Raises:
+        InputError: the fit lacks a parameter of the guide that does not belong to single rows, or has it in another shape.
+    """
+    assert fresh.guided is not None and fresh.guided.guide is not None
+    guide = fresh.guided.guide
+    if guide.module is not None:
+        for name, buffer in guide.module.named_buffers():
+            if name in fit.guide_buffers:  # what an encoder read off its first rows, such as their mean
+                buffer.copy_(fit.guide_buffers[name])
+    own = {}
+    local = spans_rows(guide.function, fresh.model.structure)
+    for name in fresh.lambda_:
+        if not local and not fresh.guided.specs[name].is_table:
+            own[name] = _checked(name, fit.guide_parameters.get(name), fresh.initial[name])
+    fresh = replace(fresh, initial={**fresh.initial, **own}, frozen=(*fresh.theta, *own))
+    if not fresh.free_lambda:
+        return Trajectory(0, "elbo", values=dict(fresh.initial), status="converged")
+    options = VEMOptions(max_steps=_TEST_STEPS, e_steps=20, learning_rate=0.1, freeze=fresh.frozen)
+    with unvalidated():
+        return vem.ascend(fresh, options)
+
+
+def _checked(name: str, value: Tensor | None, like: Tensor) -> Tensor:
+    where = f"guide parameter '{name}'"
+    if value is None:
+        raise InputError(where, "a value in the fit", "none", "pass the guide that the fit was made with")
+    if value.shape != like.shape:
+        fix = "build the guide with the sizes of its training rows, such as `vocabulary`"
+        raise InputError(where, f"the fit's shape {tuple(value.shape)}", f"{tuple(like.shape)}", fix)
+    return value
+
+
+__all__ = ["score_rows", "serve"]

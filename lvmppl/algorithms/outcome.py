@@ -51,6 +51,7 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
         seconds=seconds,
         parameters={n: best.values[n].detach().clone() for n in problem.theta},
         guide_parameters={n: best.values[n].detach().clone() for n in problem.lambda_},
+        guide_buffers=_buffers(problem),
         all_history=history,
         restart=best.restart,
         guide=problem.guide_name,
@@ -64,6 +65,12 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
         variational=score.variational,
         moments=score.moments,
     )
+
+
+def _buffers(problem: Problem) -> dict[str, Tensor]:
+    """What a guide that is a module holds besides its parameters, such as the mean of an encoder's inputs."""
+    module = None if problem.guided is None or problem.guided.guide is None else problem.guided.guide.module
+    return {} if module is None else {n: b.detach().clone() for n, b in module.named_buffers()}
 
 
 def evaluate(problem: Problem, values: Values) -> Score:

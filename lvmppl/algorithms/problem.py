@@ -9,7 +9,17 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lvmppl.algorithms.refinement import RefinedJoint
-from lvmppl.density import Joint, Program, Rows, Structure, Values, build_guide, discover, num_rows
+from lvmppl.density import (
+    Joint,
+    Program,
+    Rows,
+    Structure,
+    Values,
+    build_guide,
+    discover,
+    is_autoguide,
+    num_rows,
+)
 from lvmppl.errors import InputError, ModelError
 
 
@@ -47,6 +57,7 @@ class Problem:
     frozen: tuple[str, ...] = ()
     guide_name: str | None = None
     progress: Progress = field(default_factory=Silent)
+    rebuild_guide: Mapping[str, Any] | None = None  # what `build_problem` builds the guide of other rows from
 
     @property
     def num_rows(self) -> int:
@@ -111,6 +122,7 @@ def build_problem(
         ModelError: the model or guide raises or breaks the contract, or their sites do not match.
         InputError: names in `frozen` or `start` that nothing has.
     """
+    rebuild: dict[str, Any] | None = None
     program = Program(model, "model")
     structure = discover(program, data, data_plate)
     _check_observed(structure)
@@ -118,6 +130,9 @@ def build_problem(
     initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}
     if guide is not None:
         built = build_guide(guide, model, structure, **(guide_args or {})) if guide_takes_model else guide
+        rebuild = {"guide": built}
+        if is_autoguide(built):  # its parameters have the rows it was built on
+            rebuild = {"guide": guide, "guide_takes_model": guide_takes_model, "guide_args": guide_args}
         guide_program = Program(built, "guide")
         guide_structure = discover(guide_program, data, model=structure)
         check_guide(structure, guide_structure)
@@ -150,6 +165,7 @@ def build_problem(
         tuple(frozen),
         guide_name,
         progress if progress else Silent(),
+        rebuild,
     )
 
 

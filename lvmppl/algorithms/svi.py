@@ -16,6 +16,7 @@ from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
+from lvmppl.algorithms.row_check import check_row_indices
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
@@ -52,6 +53,8 @@ class _Ascent:
         self.noisy = small or draws(problem)
         check_line_search(problem, options, self.noisy)
         self.start = start_values(problem, options.init, 0, 1)
+        if self.batches.size is not None:
+            check_row_indices(problem, self.batches.size, self.start)
         names = (*problem.free_theta, *problem.free_lambda)
         settings = (options.optimizer, options.rate, options.clip_norm, small)
         self.stepper = Stepper(problem, self.start, names, *settings)

@@ -17,6 +17,7 @@ from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
+from lvmppl.algorithms.row_check import check_row_indices
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
 from lvmppl.density import unvalidated
@@ -48,6 +49,8 @@ class _Alternation:
         self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
         start = start_values(problem, options.init, restart, options.restarts)
         small = self.batches.size is not None
+        if self.batches.size is not None:
+            check_row_indices(problem, self.batches.size, start)
         self.noisy = small or draws(problem)
         structure = problem.guided.guide_structure
         assert structure is not None

@@ -13,7 +13,7 @@ Shapes: N rows of data, B rows of a batch; enumerated axes stand left of plate a
 
 from __future__ import annotations
 
-from lvmppl.density.autoguides import build_guide
+from lvmppl.density.autoguides import build_guide, is_autoguide, spans_rows
 from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
 from lvmppl.density.handlers import EnumeratedChain
@@ -56,9 +56,11 @@ __all__ = [
     "derive_seed",
     "describe",
     "discover",
+    "is_autoguide",
     "isolated",
     "mixed",
     "num_rows",
+    "spans_rows",
     "time_axis",
     "unvalidated",
 ]

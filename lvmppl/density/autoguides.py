@@ -7,7 +7,7 @@ from typing import Any
 
 import pyro
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
+from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
 from lvmppl.density.handlers import Parameters
@@ -43,6 +43,17 @@ def build_guide(
     if take is not None:
         take(structure)
     return guide
+
+
+def is_autoguide(guide: Callable[..., Any]) -> bool:
+    """Whether a guide is one of Pyro's own, whose parameters take the size of the rows it is built on."""
+    return isinstance(guide, AutoGuide)
+
+
+def spans_rows(guide: Callable[..., Any], structure: Structure) -> bool:
+    """Whether a guide has one distribution over the latents of all rows, so that its λ is that of these rows only."""
+    local = any(s.kind == "latent" and structure.data_plate in s.plates for s in structure.sites.values())
+    return local and isinstance(guide, AutoContinuous)
 
 
 def _prototype(model: Callable[..., Any], structure: Structure) -> Callable[..., Any]:

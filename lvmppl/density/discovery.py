@@ -64,13 +64,8 @@ def discover(
     plate = (
         model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
     )
-    if plate is not None and plate in sizes and sizes[plate] != total:
-        raise ModelError(
-            f"{program.role}: plate '{plate}'",
-            f"the size of the data, {total}",
-            f"{sizes[plate]}",
-            f"write pyro.plate('{plate}', len(x)) so that the plate has the size of the rows it is handed",
-        )
+    if plate is not None and plate in sizes:
+        check_plate(program.role, plate, sizes[plate], total)
     nesting = max((-axis for axis in axes.values()), default=0)
     if model is not None:
         nesting = max(nesting, model.nesting)
@@ -78,6 +73,39 @@ def discover(
     for name, (constraint, event_dim, start, frames) in found.found.items():
         parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
     return Structure(parameters, sites, sizes, axes, nesting, plate, total)
+
+
+def check_plate(role: str, plate: str, size: int, rows: int) -> None:
+    """The data plate has the size of the rows handed in, in model and guide alike."""
+    if size != rows:
+        raise ModelError(
+            f"{role}: plate '{plate}'",
+            f"the size of the data, {rows}",
+            f"{size}",
+            f"write pyro.plate('{plate}', len(x)) so that the plate has the size of the rows it is handed",
+        )
+
+
+def check_plates(role: str, trace: Any, rows: int, data_plate: str | None) -> dict[str, int]:
+    """Sizes of the plates of one pass, as the program states them; the data plate's is that of the rows handed in.
+
+    A replayed model takes its plates' indices from the guide, and with them a scale for what it did not draw: the size it
+    states itself is the only sign of rows that differ.
+
+    Raises:
+        ModelError: the data plate has another size.
+    """
+    sizes: dict[str, int] = {}
+    for site in trace.nodes.values():
+        if is_sample(site):
+            frames = [f for f in site["cond_indep_stack"] if f.vectorized]
+            sizes.update({f.name: f.size if f.full_size is None else f.full_size for f in frames})
+            for frame in frames:
+                if frame.name == data_plate:
+                    check_plate(role, frame.name, frame.size, rows)
+    if data_plate in sizes:
+        check_plate(role, str(data_plate), sizes[str(data_plate)], rows)
+    return sizes
 
 
 def describe(model: Callable[..., Any], data: Values) -> Structure:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from lvmppl.density.discovery import num_rows
+from lvmppl.density.discovery import check_plates, num_rows
 from lvmppl.density.factors import build_evaluation, build_views
 from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, LeaveToGuide, Parameters
 from lvmppl.density.programs import Program, swapped_modules
 from lvmppl.density.structure import POINTS, Evaluation, ParameterSpec, Rows, SiteView, Structure, Values
+from lvmppl.errors import ModelError
 
 
 class Joint:
@@ -60,11 +61,18 @@ class Joint:
             if self.guide is None:
                 with poutine.trace() as model_trace, self._enumeration():
                     self.model(data, values)
+                check_plates("model", model_trace.trace, rows.size, self.structure.data_plate)
                 return build_evaluation(model_trace.trace, None, rows, self.structure, names, self.extra)
             with poutine.trace() as guide_trace, self._enumeration(), EnumerateFinite():
                 self.guide(data, values)
+            sizes = check_plates("guide", guide_trace.trace, rows.size, self.structure.data_plate)
             with poutine.trace() as model_trace, self._replayed(guide_trace.trace):
                 self.model(data, values)
+        found = check_plates("model", model_trace.trace, rows.size, self.structure.data_plate)
+        for plate in [p for p, size in sizes.items() if found.get(p, size) != size]:
+            raise ModelError(
+                f"plate '{plate}'", f"the model's size in the guide, {found[plate]}", f"{sizes[plate]}"
+            )
         return build_evaluation(model_trace.trace, guide_trace.trace, rows, self.structure, names)
 
     def held(self, points: Values, configurations: Mapping[int, str] | None = None) -> HeldJoint:

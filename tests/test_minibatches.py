@@ -1,0 +1,294 @@
+"""Minibatches: the rows that model and guide speak of, what a step costs, and what comes back of a noisy ascent."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import lvmppl
+from lvmppl.algorithms.ascent import Trajectory
+from lvmppl.algorithms.problem import Silent, build_problem
+from lvmppl.algorithms.stepper import Stepper, batch_elbo
+from lvmppl.algorithms.svi import _Ascent
+from lvmppl.density import isolated, unvalidated
+from lvmppl.errors import ModelError
+from lvmppl.guides.categorical import categorical
+from lvmppl.options import SVIOptions
+
+
+def local_normal(x: Tensor) -> None:
+    mean = pyro.param("mean", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def table_guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
+        scale = pyro.param("scale", torch.ones(len(x)), constraint=constraints.positive, event_dim=0)
+        pyro.sample("z", dist.Normal(loc, scale))
+
+
+def values(count: int) -> Tensor:
+    return torch.tensor(np.random.default_rng(count).normal(1.0, 1.1, count))
+
+
+# ----------------------------------------------------------------------------- the same rows in model and guide
+
+
+def fixed_plate(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.0))
+    with pyro.plate("data", 30):
+        pyro.sample("z", dist.Normal(loc, 1.0))
+
+
+def own_subsample(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(30))
+    with pyro.plate("data", len(x), subsample_size=min(6, len(x))) as rows:
+        pyro.sample("z", dist.Normal(loc[rows], 1.0))
+
+
+def by_place(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(30))
+    with pyro.plate("data", len(x)) as rows:
+        pyro.sample("z", dist.Normal(loc[rows], 1.0))
+
+
+@pytest.mark.parametrize("algorithm", ["svi", "vem"])
+@pytest.mark.parametrize(
+    ("guide", "words"),
+    [
+        (fixed_plate, r"guide: plate 'data': expected the size of the data, 6, got 30; write pyro.plate"),
+        (own_subsample, r"guide: plate 'data': expected the size of the data, 30, got 6; write pyro.plate"),
+        (by_place, r"parameter 'loc': expected a row per datum inside plate 'data'.*event_dim"),
+    ],
+)
+def test_guide_that_speaks_of_other_rows_than_the_model_is_refused(
+    guide: Any, words: str, algorithm: str
+) -> None:
+    with pytest.raises(ModelError, match=words):
+        lvmppl.fit(local_normal, {"x": values(30)}, algorithm, guide=guide, batch_size=6, max_steps=2)
+
+
+def test_model_with_a_plate_of_its_own_size_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 30):
+            pyro.sample("x", dist.Normal(mu, 1.0), obs=x[:1])
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("mu", dist.Normal(pyro.param("m", torch.tensor(0.0)), 1.0))
+
+    with pytest.raises(ModelError, match="model: plate 'data': expected the size of the data, 6, got 30"):
+        lvmppl.fit(model, {"x": values(30)}, "svi", guide=guide, batch_size=6, max_steps=2)
+
+
+def test_model_that_a_replay_would_hide_behind_the_guides_rows_is_refused() -> None:
+    """Under replay the model's plate takes the guide's rows, and a scale of 30 / 6 that nobody asked for."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", 30):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+    with pytest.raises(ModelError, match="model: plate 'data': expected the size of the data, 6, got 30"):
+        lvmppl.fit(model, {"x": values(30)}, "svi", guide=table_guide, batch_size=6, max_steps=2)
+
+
+def test_other_plate_must_have_the_models_size_in_the_guide() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("topics", 1):
+            mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(mu.sum(), 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        loc = pyro.param("m", torch.tensor(0.0))
+        with pyro.plate("topics", 4):
+            pyro.sample("mu", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ModelError, match=r"plate 'topics'.*size in the guide, 1, got 4"):
+        lvmppl.fit(model, {"x": values(5)}, "svi", guide=guide, max_steps=2)
+
+
+def test_shared_parameter_that_happens_to_have_as_many_rows_as_the_data_is_no_table() -> None:
+    def guide(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.zeros(30))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(weights.sum() + 0 * x, 1.0))
+
+    fit = lvmppl.fit(local_normal, {"x": values(30)}, "svi", guide=guide, batch_size=6, max_steps=2)
+    assert fit.status == "max_steps"
+
+
+# --------------------------------------------------------------------------------------- what a step costs
+
+
+class Allocations(TorchDispatchMode):
+    """The largest new storage of any operation, in bytes: not views of, nor writes into, what is there already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        known = {a.untyped_storage().data_ptr() for a in given}
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return result
+
+
+def largest_allocation_of_a_step(count: int, optimizer: Any = "adam") -> int:
+    """Of steps before, at and within the tail that is averaged, after the first has made what is kept."""
+    options = SVIOptions(batch_size=10, max_steps=count // 2, optimizer=optimizer)
+    with isolated(0, torch.float64), unvalidated():
+        problem = build_problem("a", local_normal, {"x": values(count)}, guide=table_guide)
+        ascent = _Ascent(problem, options)
+        ascent._step(0, ascent.batches.next())
+        with Allocations() as seen:
+            ascent._step(1, ascent.batches.next())
+        ascent.stepper.average.begin(ascent.stepper.leaves)  # once a fit
+        with seen:
+            for step in range(2, 5):
+                ascent._step(step, ascent.batches.next())
+        for name in ("loc", "scale"):
+            table = ascent.stepper.leaves[name]
+            assert len(table) == count and not table.requires_grad and table.grad is None
+    return seen.largest
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_memory_of_a_step_on_a_table_is_that_of_its_batch(optimizer: str) -> None:
+    small, large = (largest_allocation_of_a_step(n, optimizer) for n in (400, 40_000))
+    assert small == large
+    assert 0 < large <= 10 * 8 * 8  # a few numbers of float64 for each of the 10 rows
+
+
+def test_undone_step_restores_rows_moments_and_halves_the_rate() -> None:
+    with isolated(0, torch.float64), unvalidated():
+        problem = build_problem("a", local_normal, {"x": values(9)}, guide=table_guide)
+        names = (*problem.free_theta, *problem.free_lambda)
+        stepper = Stepper(problem, problem.initial, names, "adam", 0.1, None, minibatches=True)
+        assert problem.guided is not None
+
+        def step(indices: Tensor) -> None:
+            at, rows = stepper.values(indices)
+            value = batch_elbo(problem, problem.guided, at, indices)  # type: ignore[arg-type]
+            stepper.update(value, rows, indices, 1.0)
+
+        def state() -> list[Tensor]:
+            kept = [stepper.leaves[n].detach().clone() for n in names]
+            return [*kept, *(v.clone() for s in stepper.sparse.values() for v in s.state.values())]
+
+        step(torch.tensor([0, 3, 4]))
+        before, batch = state(), torch.tensor([3, 8])
+        stepper.save(batch)
+        step(batch)
+        assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+        stepper.restore()
+        for old, new in zip(before, state(), strict=True):
+            torch.testing.assert_close(new, old, rtol=0, atol=0)
+        assert stepper.rate == 0.05
+
+
+# --------------------------------------------------------------------------------------- noisy ascents
+
+
+def mean_model(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, 1.1), obs=x)
+
+
+def mean_guide(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.tensor(0.0))
+    scale = pyro.param("scale", torch.tensor(0.1), constraint=constraints.positive)
+    pyro.sample("mu", dist.Normal(loc, scale))
+
+
+class Iterates(Silent):
+    """λ of every step, read while the fit runs."""
+
+    def __init__(self) -> None:
+        self.ascent: _Ascent | None = None
+        self.loc: list[float] = []
+
+    def update(self, step: int, objective: float) -> None:
+        assert self.ascent is not None
+        self.loc.append(float(self.ascent.stepper.leaves["loc"].detach()))
+
+
+def watched(seed: int, **options: Any) -> tuple[Iterates, Trajectory]:
+    """An ascent on minibatches of 10, and every iterate of it."""
+    seen = Iterates()
+    with isolated(seed, torch.float64), unvalidated():
+        data = {"x": values(200)}
+        problem = build_problem("a", mean_model, data, guide=mean_guide, progress=seen, seed=seed)
+        seen.ascent = _Ascent(problem, SVIOptions(batch_size=10, learning_rate=0.05, **options))
+        return seen, seen.ascent.run()
+
+
+@functools.cache
+def errors(schedule: str, seed: int) -> tuple[np.ndarray[Any, Any], float]:
+    """(|iterate − exact mean| over the last quarter of the steps, that of what the fit returns) in posterior sds."""
+    x = values(200)
+    precision = 1 / 25 + len(x) / 1.1**2
+    exact, sd = float(x.sum()) / 1.1**2 / precision, precision**-0.5
+    seen, found = watched(seed, max_steps=600, schedule=schedule)
+    late = np.abs(np.array(seen.loc[-150:]) - exact) / sd
+    return late, abs(float(found.values["loc"]) - exact) / sd
+
+
+def test_tail_average_is_far_closer_to_the_posterior_than_iterates_at_a_constant_rate() -> None:
+    runs = [errors("constant", seed) for seed in range(2)]
+    late = np.concatenate([late for late, _ in runs])
+    assert (late > 0.3).mean() > 0.4
+    assert max(returned for _, returned in runs) < 0.3 * np.sqrt((late**2).mean())
+
+
+def test_decayed_rate_ends_closer_than_a_constant_one_and_its_average_is_the_posterior_mean() -> None:
+    constant, linear = ([errors(s, seed) for seed in range(2)] for s in ("constant", "linear"))
+    end, decayed = (np.concatenate([late[-20:] for late, _ in runs]) for runs in (constant, linear))
+    assert np.sqrt((decayed**2).mean()) < 0.5 * np.sqrt((end**2).mean())
+    assert max(returned for _, returned in linear) < 0.25
+
+
+def test_patience_returns_the_mean_iterate_of_the_window_with_the_best_smoothed_objective() -> None:
+    seen, found = watched(0, max_steps=4000, schedule="constant", patience=2)
+    assert found.status == "converged" and found.steps < 3000
+    objective = np.array([row["objective"] for row in found.rows])
+    windows = objective.reshape(-1, 50).mean(1)
+    best = int(windows.argmax())
+    assert best == len(windows) - 1 - 2
+    assert float(found.values["loc"]) == pytest.approx(
+        float(np.mean(seen.loc[50 * best : 50 * best + 50])), rel=1e-12
+    )
+
+
+def test_best_restart_of_vem_is_kept() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.param("loc", torch.tensor([0.0, 0.5, 1.0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[z], 0.3), obs=x)
+
+    options: dict[str, Any] = {"guide": categorical, "init": "random", "restarts": 3, "max_steps": 4}
+    fit = lvmppl.fit(model, {"x": values(40)}, "vem", **options)
+    best = fit.all_history.groupby("restart")["objective"].max()
+    assert best.nunique() == 3
+    assert fit.restart == best.idxmax()
+    assert fit.elbo == pytest.approx(best.max(), rel=1e-12)
