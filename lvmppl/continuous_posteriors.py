@@ -24,7 +24,8 @@ from lvmppl.exact.gaussian import GaussianPosterior
 from lvmppl.exact.named import log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
 from lvmppl.exact.state_space import StateSpacePosterior
-from lvmppl.posteriors import Mode, categorical_of, probability_frame
+from lvmppl.posterior_frames import categorical_of, probability_frame
+from lvmppl.posteriors import Mode
 
 
 class Path:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lvmppl.density import Evaluation, Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
-from lvmppl.exact.elimination import Term, eliminate, times
+from lvmppl.exact.elimination import Term, eliminate
 from lvmppl.exact.named import Named, add, align, union
+from lvmppl.exact.scales import times
 
 MOVES = "·transition"  # what the name of a chain's transition factor ends in
 

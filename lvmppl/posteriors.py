@@ -20,11 +20,16 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl.density import Factor, Variable, chain_axes, time_axis
+from lvmppl.density import Factor, Variable, time_axis
 from lvmppl.errors import InputError
-from lvmppl.exact.chains import Group, entropies, has_chains, split
+from lvmppl.exact.chain_groups import Group, entropies
+from lvmppl.exact.chains import has_chains, split
+from lvmppl.exact.conditionals import conditional, gather
 from lvmppl.exact.elimination import Elimination, Step, eliminate
+from lvmppl.exact.marginals import Marginals
 from lvmppl.exact.named import Named, align
+from lvmppl.exact.scales import is_one, scale_of
+from lvmppl.posterior_frames import categorical_of, probability_frame
 
 
 class Mode(NamedTuple):
@@ -46,31 +51,26 @@ class Posterior:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(_detached(f) for f in self.factors))
-        per_datum = self.log_evidence_per_datum
-        if per_datum is not None and bool((per_datum == -torch.inf).any()):
-            rows = torch.nonzero(per_datum == -torch.inf).flatten().tolist()
-            shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+        if self.log_evidence == -torch.inf:
             warnings.warn(
-                f"log evidence is -inf: the model gives probability 0 to datum {shown}", stacklevel=3
+                f"log evidence is -inf: the model gives probability 0 to {self._impossible}", stacklevel=3
             )
+
+    @property
+    def _impossible(self) -> str:
+        """What has probability 0, in words."""
+        per_datum = self.log_evidence_per_datum
+        if per_datum is None:
+            sites = ", ".join(n for n, v in self.variables.items() if self.data_plate not in v.plates)
+            return f"the data, under every state of {sites or 'its sites'}"
+        rows = torch.nonzero(per_datum == -torch.inf).flatten().tolist()
+        return "datum " + ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
     # ------------------------------------------------------------------------------------------- log evidence
 
     @cached_property
     def _elimination(self) -> Elimination:
-        return self._eliminate()
-
-    def _eliminate(
-        self, extra: Sequence[Factor] = (), maximise: bool = False, straight_through: bool = False
-    ) -> Elimination:
-        return eliminate(
-            (*self.factors, *extra),
-            self.variables,
-            self.plate_sizes,
-            self.data_plate,
-            maximise=maximise,
-            straight_through=straight_through,
-        )
+        return eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate)
 
     kind = "exact"
     log_evidence_error = 0.0
@@ -102,7 +102,7 @@ class Posterior:
         self._check(site)
         table = self._last_in_its_component(site)
         if table is None:
-            (table,) = self._marginal_tables([(site,)])
+            (table,) = self._marginals.tables([(site,)])
         return table.movedim(0, -1)
 
     def _last_in_its_component(self, site: str) -> Tensor | None:
@@ -110,7 +110,7 @@ class Posterior:
         plates = self.variables[site].plates
         for step in self._elimination.tape:
             if step.variable == site and set(step.clique.dims[1:]) <= set(plates):
-                table = align(Named(_conditional(step), step.clique.dims), (site, *plates))
+                table = align(Named(conditional(step), step.clique.dims), (site, *plates))
                 return table.exp_().expand(-1, *(self.plate_sizes[p] for p in plates))
         return None
 
@@ -133,58 +133,12 @@ class Posterior:
                     f"'{first}'",
                     "use marginal(site)",
                 )
-            return self._consecutive(first)
-        (table,) = self._marginal_tables([(first, second)])
-        return table.movedim(0, -1).movedim(0, -1)
+            return self._marginals.consecutive(first)
+        return self._marginals.pair(first, second)
 
-    def _consecutive(self, chain: str) -> Tensor:
-        """∂ log Z / ∂ (a zero transition factor of its own for every sequence and step)."""
-        variable = self.variables[chain]
-        steps, states = variable.steps or 1, variable.size
-        plates = list(variable.plates)
-        like = self.factors[0].log_prob
-        lead = [self.plate_sizes[p] for p in plates]
-        if steps == 1:
-            return like.new_zeros(*lead, 0, states, states)
-        zero = torch.zeros(
-            *lead, steps - 1, states, states, dtype=like.dtype, device=like.device, requires_grad=True
-        )
-        scale, scale_dims = self._scale_of(chain)
-        dims = (*plates, *chain_axes(chain, steps))
-        extra = Factor(f"{chain}·transition", zero, dims, frozenset(plates), scale, scale_dims)
-        with torch.enable_grad():
-            total = self._eliminate([extra], straight_through=True).total
-            (grad,) = torch.autograd.grad(total, [zero])
-        return grad
-
-    def _marginal_tables(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor]:
-        """Joint marginals of each group: ∂ log Z / ∂ (a zero log-factor over the group), variables leading."""
-        zeros = [self._zero_factor(group) for group in groups]
-        with torch.enable_grad():
-            total = self._eliminate(zeros, straight_through=True).total
-            grads = torch.autograd.grad(total, [z.log_prob for z in zeros], allow_unused=True)
-        tables = []
-        for zero, grad in zip(zeros, grads, strict=True):
-            tables.append((torch.zeros_like(zero.log_prob) if grad is None else grad).detach())
-        return tables
-
-    def _zero_factor(self, group: tuple[str, ...]) -> Factor:
-        self._check(*group)
-        plates = self._plates_of(group)
-        steps = {self.variables[n].steps for n in group} - {None}
-        dims = (*group, *plates, *(time_axis(t) for t in steps if t is not None))
-        like = self.factors[0].log_prob
-        shape = [self.variables[d].size if d in self.variables else self.plate_sizes[d] for d in dims]
-        zero = torch.zeros(shape, dtype=like.dtype, device=like.device, requires_grad=True)
-        scale, scale_dims = self._scale_of(group[0])
-        return Factor("", zero, dims, frozenset(plates), scale, scale_dims)
-
-    def _scale_of(self, site: str) -> tuple[float | Tensor, tuple[str, ...]]:
-        own = next(f for f in self.factors if f.site == site)
-        return own.scale, own.scale_dims
-
-    def _plates_of(self, group: Sequence[str]) -> list[str]:
-        return list(dict.fromkeys(p for name in group for p in self.variables[name].plates))
+    @cached_property
+    def _marginals(self) -> Marginals:
+        return Marginals(self.factors, self.variables, self.plate_sizes)
 
     def _check(self, *names: str) -> None:
         for name in names:
@@ -195,8 +149,12 @@ class Posterior:
     # ------------------------------------------------------------------------- mode, samples, log-probabilities
 
     def mode(self) -> Mode:
-        """The joint maximum a posteriori assignment z* and log p(z* | x); ties go to the lowest state."""
-        tape = self._eliminate(maximise=True).tape
+        """The joint maximum a posteriori assignment z* and log p(z* | x); ties go to the lowest state.
+
+        Where the data have probability 0 the states mean nothing, and log p(z* | x) = −∞ says so.
+        """
+        factors = self._of_one_copy() if self._is_scaled else self.factors
+        tape = eliminate(factors, self.variables, self.plate_sizes, self.data_plate, maximise=True).tape
         states = self._walk(tape, 1, lambda logits: logits.argmax(0))
         for group in self._chain_groups:
             states.update(
@@ -204,8 +162,30 @@ class Posterior:
             )
         return Mode(self._as_support(states, squeeze=True), self._log_prob_of(states).squeeze(0))
 
+    @property
+    def _is_scaled(self) -> bool:
+        return not all(is_one(scale_of(f)) for f in self.factors)
+
+    def _of_one_copy(self) -> list[Factor]:
+        """log-factors of p(z | x) itself, where a scale weighs the evidence of a plate but not the states within it."""
+        result = [Factor(s.variable, conditional(s), s.clique.dims, s.plates) for s in self._elimination.tape]
+        for group in self._chain_groups:
+            result.extend(group.normalised(self.plate_sizes))
+        return result
+
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
-        """Exact joint samples, [S, *plates] by site, by backward sampling through the eliminations."""
+        """Exact joint samples, [S, *plates] by site, by backward sampling through the eliminations.
+
+        Raises:
+            InputError: the model gives probability 0 to some of the data, which then have no posterior to draw from.
+        """
+        if self.log_evidence == -torch.inf:
+            raise InputError(
+                "sample",
+                "data that the model gives positive probability",
+                f"probability 0 for {self._impossible}",
+                "leave those rows out, or mend the zeros of the model",
+            )
         generator = torch.Generator(device=self.factors[0].log_prob.device).manual_seed(seed)
 
         def draw(logits: Tensor) -> Tensor:
@@ -235,7 +215,7 @@ class Posterior:
         return result.squeeze(0) if single else result
 
     def entropy(self) -> Tensor:
-        """H[p(z | x)] per datum [N] (a scalar for coupled data): −Σ_v E log p(z_v | later ones)."""
+        """H[p(z | x)] per datum [N] (a scalar for coupled data): −Σ_v E log p(z_v | later ones); 0 for impossible data."""
         factors = [_with_gradient(f) for f in self.factors]
         with torch.enable_grad():
             done = eliminate(
@@ -245,8 +225,8 @@ class Posterior:
             weights = torch.autograd.grad(done.total, cliques) if cliques else ()
         total: Tensor | None = None
         for step, weight in zip(done.tape, weights, strict=True):
-            conditional = _conditional(step).detach()
-            terms = torch.where(weight > 0, -weight * conditional, 0.0)
+            log_given = conditional(step).detach()
+            terms = torch.where(weight > 0, -weight * log_given, 0.0)
             axes = [i for i, d in enumerate(step.clique.dims) if d in self.variables]
             local = Named(terms.sum(axes), tuple(d for d in step.clique.dims if d not in self.variables))
             part = self._per_datum(local, step.plates, already_summed=True)
@@ -261,8 +241,8 @@ class Posterior:
         table = Named(entropies(group), group.batch)
         others = tuple(d for d in group.batch if d in self.variables)
         if others:
-            (weights,) = self._marginal_tables([others])
-            dims = (*others, *self._plates_of(others))
+            (weights,) = self._marginals.tables([others])
+            dims = (*others, *self._marginals.plates_of(others))
             joined = tuple(dict.fromkeys((*others, *dims, *group.batch)))
             product = align(table, joined) * align(Named(weights, dims), joined)
             table = Named(product.sum(tuple(range(len(others)))), joined[len(others) :])
@@ -276,7 +256,7 @@ class Posterior:
         """log p(z_v | x, later ones) for every site, in the order of elimination (sites in `first` go first)."""
         done = eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate, first=first)
         return [
-            (step.variable, Named(_conditional(step), step.clique.dims), step.plates) for step in done.tape
+            (step.variable, Named(conditional(step), step.clique.dims), step.plates) for step in done.tape
         ]
 
     @cached_property
@@ -301,7 +281,7 @@ class Posterior:
         order = self._plate_order
         chosen: dict[str, Tensor] = {}
         for step in reversed(tape):
-            logits = _gather(step.clique, step.variable, chosen, order)
+            logits = gather(step.clique, step.variable, chosen, order)
             shape = [
                 logits.shape[0],
                 num_samples,
@@ -319,7 +299,7 @@ class Posterior:
         order = self._plate_order
         total: Tensor | None = None
         for step in self._elimination.tape:
-            table = _gather(Named(_conditional(step), step.clique.dims), step.variable, states, order)
+            table = gather(Named(conditional(step), step.clique.dims), step.variable, states, order)
             own = states[step.variable].unsqueeze(0)
             shape = torch.broadcast_shapes(table.shape[1:], own.shape[1:])
             value = table.expand(-1, *shape).gather(0, own.expand(1, *shape)).squeeze(0)
@@ -328,12 +308,8 @@ class Posterior:
             total = part if total is None else total + part
         for group in self._chain_groups:
             given = group.given(states, order, self.plate_sizes)
-            value = given.log_prob(
-                [
-                    states[n].flatten(1, -2).reshape(-1, *given.shape[1:], states[n].shape[-1])
-                    for n in group.names
-                ]
-            )
+            paths = [states[n].reshape(-1, *given.shape[1:], states[n].shape[-1]) for n in group.names]
+            value = given.log_prob(paths)
             plates = [p for p in order if p in group.plates]
             part = self._per_datum(Named(value, ("", *plates)), group.plates)
             total = part if total is None else total + part
@@ -408,7 +384,9 @@ class Posterior:
     def to_frame(self) -> pd.DataFrame:
         """A row per site, datum, position and state: columns site, datum, position, state, probability, mean, sd."""
         sites = list(self.variables)
-        tables = self._marginal_tables([(s,) for s in sites]) if sites else []
+        if not sites:
+            return probability_frame("", torch.zeros(0), (), None)
+        tables = self._marginals.tables([(s,) for s in sites])
         return pd.concat(
             [self._site_frame(s, t) for s, t in zip(sites, tables, strict=True)], ignore_index=True
         )
@@ -426,61 +404,6 @@ class Posterior:
         lengths = align(Named(variable.lengths, variable.lengths_dims), variable.plates).expand(shape)
         inside = torch.arange(variable.steps) < lengths.unsqueeze(-1)  # rows beyond a length do not exist
         return frame[inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size).reshape(-1).numpy()]
-
-
-def probability_frame(
-    site: str, probs: Tensor, plates: Sequence[str], data_plate: str | None
-) -> pd.DataFrame:
-    """The rows of one discrete site from its marginal [*plates, K]; rows of zeros (impossible data) stay empty."""
-    shape = probs.shape
-    index = torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(-1, len(shape))
-    frame = pd.DataFrame({"site": pd.Series([site] * len(index), dtype="string")})
-    others = [i for i, p in enumerate(plates) if p != data_plate]
-    local = data_plate is not None and data_plate in plates
-    datum = index[:, list(plates).index(str(data_plate))].numpy() if local else None
-    frame["datum"] = (
-        pd.array(datum, dtype="Int64") if datum is not None else pd.array([pd.NA] * len(index), dtype="Int64")
-    )
-    columns = index[:, others].tolist()
-    frame["position"] = pd.Series([",".join(map(str, c)) for c in columns], dtype="string")
-    frame["state"] = pd.array(index[:, -1].numpy(), dtype="Int64")
-    impossible = (probs.sum(-1, keepdim=True) == 0).expand(shape)
-    values = torch.where(impossible, torch.nan, probs)
-    frame["probability"] = values.reshape(-1).double().numpy()
-    frame["mean"] = float("nan")
-    frame["sd"] = float("nan")
-    return frame
-
-
-def categorical_of(probs: Tensor) -> torch.distributions.Categorical:
-    """A Categorical whose `.probs` are these very numbers: no clamp, and zeros for an impossible datum."""
-    result = torch.distributions.Categorical(torch.ones_like(probs), validate_args=False)
-    result.probs = probs
-    return result
-
-
-def _conditional(step: Step) -> Tensor:
-    """log p(z_v | the clique's other variables): −∞ rows (impossible) stay −∞."""
-    clique, norm = step.clique.tensor.detach(), step.reduced.detach()
-    finite = torch.isfinite(norm)
-    if bool(finite.all()):
-        return clique - norm
-    return torch.where(finite, clique - torch.where(finite, norm, 0.0), -torch.inf)
-
-
-def _gather(clique: Named, variable: str, states: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
-    """The clique at chosen states of its other variables: [K of `variable`, S, *plates]."""
-    rank = 2 + len(order)
-    index: list[Tensor] = []
-    for dim, size in zip(clique.dims, clique.tensor.shape, strict=True):
-        if dim != variable and dim in states:
-            index.append(states[dim].unsqueeze(0))
-            continue
-        shape = [1] * rank
-        shape[0 if dim == variable else 2 + list(order).index(dim)] = size
-        index.append(torch.arange(size, device=clique.tensor.device).reshape(shape))
-    result: Tensor = clique.tensor[tuple(index)]
-    return result
 
 
 def _detached(factor: Factor) -> Factor:
@@ -503,4 +426,4 @@ def _with_gradient(factor: Factor) -> Factor:
     )
 
 
-__all__ = ["Mode", "Posterior", "categorical_of", "probability_frame"]
+__all__ = ["Mode", "Posterior"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvmppl.continuous_posteriors import moment_frame
 from lvmppl.errors import InputError
-from lvmppl.posteriors import categorical_of, probability_frame
+from lvmppl.posterior_frames import categorical_of, probability_frame
 
 RHAT_LIMIT = 1.01  # Vehtari, Gelman, Simpson, Carpenter & Bürkner (2021), §4
 MIN_DRAWS = 8  # a chain's halves must have four draws each before they can be compared

@@ -44,7 +44,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     ),
     "exponential": ("lvmppl.exponential", "errors density families distributions exact", "yaml pandas"),
     "results": (
-        "lvmppl.fitted lvmppl.posteriors lvmppl.continuous_posteriors lvmppl.*_posterior* lvmppl.elbo",
+        "lvmppl.fitted lvmppl.posteriors lvmppl.continuous_posteriors lvmppl.*_posterior* lvmppl.posterior_* lvmppl.elbo",
         "errors density exact results",
         "yaml",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
-from lvmppl.exact.named import log_sum_exp
+from lvmppl.exact.named import Named, align, log_sum_exp
+from lvmppl.exact.scales import scale_of
 from lvmppl.posteriors import Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
@@ -31,9 +33,10 @@ def chunks(problem: Problem) -> Iterator[tuple[Values, Rows]]:
     if total <= CHUNK or not is_chunkable(problem):
         yield problem.data, Rows(total)
         return
-    for begin in range(0, total, CHUNK):
-        part = {k: v[begin : begin + CHUNK] for k, v in problem.data.items()}
-        yield part, Rows(min(CHUNK, total - begin))
+    size = math.ceil(total / math.ceil(total / CHUNK))  # equal pieces, rather than a small one at the end
+    for begin in range(0, total, size):
+        part = {k: v[begin : begin + size] for k, v in problem.data.items()}
+        yield part, Rows(min(size, total - begin))
 
 
 def is_chunkable(problem: Problem) -> bool:
@@ -108,44 +111,51 @@ def _enumerated_posterior(problem: Problem, values: Values) -> Posterior:
     if plate is not None:
         sizes[plate] = problem.num_rows
     factors = join_factors(parts, plate)
-    names = ", ".join(last.variables) or "no latent site"
-    engine = f"enumeration of {names} by variable elimination"
-    return Posterior(factors, join_variables(known, plate), sizes, plate, engine)
+    variables = join_variables(known, plate)
+    return Posterior(factors, variables, sizes, plate, _engine(variables))
+
+
+def _engine(variables: Mapping[str, Variable]) -> str:
+    """How the sites are summed out, and why so."""
+    if not variables:
+        return "direct: no latent site, log p(x) is the sum of the observed log-densities"
+    single = ", ".join(n for n, v in variables.items() if v.steps is None)
+    chains = ", ".join(n for n, v in variables.items() if v.steps is not None)
+    parts = [f"enumeration of {single} by variable elimination"] if single else []
+    parts += [f"forward-backward over the Markov chain {chains}"] if chains else []
+    return f"{', '.join(parts)}: every latent site is discrete with finitely many states"
 
 
 def join_variables(pieces: Sequence[Mapping[str, Variable]], plate: str | None) -> dict[str, Variable]:
     """The variables of all rows from those of consecutive pieces: the lengths of chains differ by row."""
     found = dict(pieces[0])
     for name, first in pieces[0].items():
-        if plate in first.lengths_dims and len(pieces) > 1:
-            axis = first.lengths_dims.index(str(plate))
-            own = [(p[name].lengths, p[name].lengths_dims == first.lengths_dims) for p in pieces]
-            lengths = torch.cat([v if same else v.unsqueeze(axis) for v, same in own if v is not None], axis)
-            found[name] = replace(first, lengths=lengths)
+        own = [Named(v.lengths, v.lengths_dims) for v in (p[name] for p in pieces) if v.lengths is not None]
+        if own:
+            found[name] = replace(first, lengths=_joined(own, plate))
     return found
 
 
 def join_factors(pieces: Sequence[Sequence[Factor]], plate: str | None) -> tuple[Factor, ...]:
     """The factors of all rows from those of consecutive pieces, which list them in the same order."""
-    if len(pieces) == 1:
-        return tuple(pieces[0])
-    return tuple(_join(list(f), plate) for f in zip(*pieces, strict=True))
+    return tuple(_join(factors, plate) for factors in zip(*pieces, strict=True))
 
 
-def _join(pieces: list[Factor], plate: str | None) -> Factor:
-    """One factor from its pieces along the data plate."""
+def _join(pieces: Sequence[Factor], plate: str | None) -> Factor:
+    scale = pieces[0].scale
+    if isinstance(scale, Tensor):
+        scale = _joined([scale_of(p) for p in pieces], plate)
+    return replace(
+        pieces[0], log_prob=_joined([Named(p.log_prob, p.dims) for p in pieces], plate), scale=scale
+    )
+
+
+def _joined(pieces: Sequence[Named], plate: str | None) -> Tensor:
+    """Pieces along the data plate in the axes of the first (a piece of one row has lost that of the plate)."""
     first = pieces[0]
-    if plate not in first.dims:
-        return first
-    assert plate is not None
-    axis = first.dims.index(plate)
-    tensors = [p.log_prob if p.dims == first.dims else p.log_prob.unsqueeze(axis) for p in pieces]
-    scale = first.scale
-    if isinstance(scale, Tensor) and plate in first.scale_dims:
-        at = first.scale_dims.index(plate)
-        scale = torch.cat([p.scale for p in pieces if isinstance(p.scale, Tensor)], at)
-    joined = torch.cat(tensors, axis)
-    return Factor(first.site, joined, first.dims, first.plates, scale, first.scale_dims, first.observed)
+    if plate not in first.dims or len(pieces) == 1:
+        return first.tensor
+    return torch.cat([align(p, first.dims) for p in pieces], first.dims.index(str(plate)))
 
 
 def require_exact(problem: Problem, algorithm: str) -> None:

@@ -156,9 +156,7 @@ def _factors(
         )
         if any(variables[d].steps for d in dims if d in variables):
             return [factor(name, tensor, dims)]
-    log_prob = log_density(site["fn"], site["value"])
-    if observed or "_enumerate_dim" not in site["infer"]:
-        log_prob = _masked(log_prob, site)
+    log_prob = _masked(log_density(site["fn"], site["value"]), site)
     return [factor(name, *_name_axes(log_prob, axis_names, name))]
 
 
@@ -169,7 +167,7 @@ def _chain_steps(variables: Mapping[str, Variable], axis_names: Mapping[int, str
 
 
 def _masked(log_prob: Tensor, site: Any, trailing: int = 0) -> Tensor:
-    """poutine.mask acts on observed and drawn factors; an enumerated latent keeps its prior."""
+    """poutine.mask, on observed and drawn sites (the handlers take it off those that are summed or integrated out)."""
     if site["mask"] is None:
         return log_prob
     mask = torch.as_tensor(site["mask"])
@@ -229,10 +227,9 @@ def build_views(
         if plate in plates:
             scale = scale * rows.scale
         observed = bool(site["is_observed"])
-        mask = None if "_enumerate_dim" in site["infer"] and not observed else site["mask"]
         compute = functools.partial(_factors, name, site, rows, plate, names, extra, variables)
         views[name] = SiteView(
-            name, site["fn"], site["value"], observed, mask, scale, scale_dims, axis_names, plates, compute,
+            name, site["fn"], site["value"], observed, site["mask"], scale, scale_dims, axis_names, plates, compute,
             _chain_steps(variables, axis_names),
         )  # fmt: skip
     return views, Evaluation((), (), variables, frozenset(), sizes)
@@ -243,7 +240,8 @@ def _name_axes(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """Drop axes of size 1 and name the others; an axis that nothing declares is the user's mistake.
 
-    trailing: names of the right-most axes, which are not batch axes.
+    trailing: names of the right-most axes, which are not batch axes. An axis of steps stays even if there is a single
+    one: it says that a chain was seen step by step.
     """
     count = len(trailing)
     axis_names = {
@@ -251,7 +249,7 @@ def _name_axes(
         **{i - count: n for i, n in enumerate(trailing)},
     }
     shape = tensor.shape
-    keep = [axis for axis in range(-len(shape), 0) if shape[axis] != 1]
+    keep = [a for a in range(-len(shape), 0) if shape[a] != 1 or axis_names.get(a) == time_axis(1)]
     for axis in keep:
         if axis not in axis_names:
             raise ModelError(

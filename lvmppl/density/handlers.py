@@ -102,7 +102,7 @@ class LeaveToGuide(Messenger):
 
 
 class Hold(Messenger):
-    """Holds latent sites at given values."""
+    """Holds latent sites, which are to be integrated out, at given values."""
 
     def __init__(self, points: Values) -> None:
         super().__init__()
@@ -111,6 +111,7 @@ class Hold(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and msg["name"] in self.points:
             msg["value"], msg["done"] = self.points[msg["name"]], True
+            _unmask(msg)
 
 
 class EnumeratedChain(dist.TorchDistribution):
@@ -137,13 +138,30 @@ class EnumeratedChain(dist.TorchDistribution):
 
 
 class EnumerateChains(Messenger):
-    """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own."""
+    """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own.
+
+    An enumerated site keeps its prior whatever mask it stands under.
+    """
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        if (
-            isinstance(fn, MarkovChain)
-            and not msg["is_observed"]
-            and msg["infer"].get("enumerate") == "parallel"
-        ):
-            msg["fn"] = EnumeratedChain(fn)
+        infer = msg["infer"]
+        if msg["is_observed"] or ("_enumerate_dim" not in infer and infer.get("enumerate") != "parallel"):
+            return
+        _unmask(msg)
+        if isinstance(msg["fn"], MarkovChain):
+            msg["fn"] = EnumeratedChain(msg["fn"])
+
+
+def _unmask(msg: Any) -> None:
+    """Masks act on observed factors only: a latent site that is summed or integrated out keeps its prior."""
+    msg["mask"], msg["fn"] = None, _without_mask(msg["fn"])
+
+
+def _without_mask(fn: Any) -> Any:
+    if isinstance(fn, dist.MaskedDistribution):
+        base = _without_mask(fn.base_dist)
+        return base if base.batch_shape == fn.batch_shape else base.expand(fn.batch_shape)
+    if isinstance(fn, torch.distributions.Independent):
+        base = _without_mask(fn.base_dist)
+        return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
+    return fn

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from lvmppl.density import Factor, Variable
-from lvmppl.errors import IntractableError, ModelError
+from lvmppl.errors import IntractableError
 from lvmppl.exact.chains import has_chains, sum_out
 from lvmppl.exact.named import Named, add, align, log_sum_exp, sizes_of, union
+from lvmppl.exact.scales import common_scale, divide, scale_of, times
 
 MAX_CLIQUE = 2**27  # entries of the largest table that elimination may build (1 GiB in float64)
 
@@ -84,7 +85,7 @@ class _Eliminator:
 
     def run(self, factors: Sequence[Factor]) -> Elimination:
         assert factors, "a model without factors has no log Z"
-        terms = [_term(f) for f in factors]
+        terms = [Term(Named(f.log_prob, f.dims), f.plates, scale_of(f)) for f in factors]
         like = factors[0].log_prob
         result = Elimination(None, torch.zeros((), dtype=like.dtype, device=like.device))
         while terms:
@@ -115,7 +116,7 @@ class _Eliminator:
     ) -> list[Named]:
         """Sum the local variables out of one component; what remains carries the scale already."""
         scale = _common_scale(component)
-        pool = [_divide(t.named, scale) if t.absolute else t.named for t in component]
+        pool = [divide(t.named, scale) if t.absolute else t.named for t in component]
         local = {d for n in pool for d in n.dims if self._is_local(d, leaf)}
         while local:
             variable = self._next(local, pool)
@@ -185,55 +186,9 @@ class _Eliminator:
         return Named(tensor, tuple(d for d in message.dims if d not in plates))
 
 
-def _term(factor: Factor) -> Term:
-    scale = factor.scale
-    named = Named(scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), factor.scale_dims)
-    return Term(Named(factor.log_prob, factor.dims), factor.plates, named)
-
-
 def _common_scale(component: Sequence[Term]) -> Named:
-    """The scale that all factors of a component share; a scale multiplies after the latent is summed."""
     own = [t.scale for t in component if not t.absolute]
-    if not own:
-        return component[0].scale
-    scale = own[0]
-    for other in own[1:]:
-        if other.tensor is scale.tensor:
-            continue
-        if other.dims != scale.dims or not torch.equal(other.tensor, scale.tensor):
-            sites = ", ".join(sorted({d for t in component for d in t.named.dims}))
-            raise ModelError(
-                f"factors that meet in {sites}",
-                "one common scale (poutine.scale multiplies after an enumerated site is summed out)",
-                "different scales",
-                "put poutine.scale around the enumerated site and everything that depends on it",
-            )
-    return scale
-
-
-def _is_one(scale: Named) -> bool:
-    return not scale.dims and scale.tensor.numel() == 1 and float(scale.tensor) == 1.0
-
-
-def times(named: Named, scale: Named, straight_through: bool = False) -> Named:
-    """A log-factor times the scale of its plate; 0 · (−∞) = 0."""
-    if _is_one(scale):
-        return named
-    dims = union((named.dims, scale.dims))
-    plain = align(named, dims)
-    factor = align(scale, dims).to(plain.dtype)
-    scaled = torch.where(factor == 0, torch.zeros((), dtype=plain.dtype), plain * factor)
-    if straight_through:  # marginals are of one copy of the plate, whatever weight it carries
-        difference = torch.where(torch.isfinite(plain), (scaled - plain).detach(), 0.0)
-        scaled = plain + difference
-    return Named(scaled, dims)
-
-
-def _divide(named: Named, scale: Named) -> Named:
-    if _is_one(scale):
-        return named
-    dims = union((named.dims, scale.dims))
-    return Named(align(named, dims) / align(scale, dims).to(named.tensor.dtype), dims)
+    return common_scale(own, (d for t in component for d in t.named.dims)) if own else component[0].scale
 
 
 def eliminate(

@@ -1,0 +1,71 @@
+"""The weight that `poutine.scale` or a minibatch gives to a plate: it multiplies after the latent is summed out.
+
+Within one plate a scale is common to all factors that meet; a plate inside may carry one more, relative to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lvmppl.density import Factor
+from lvmppl.errors import ModelError
+from lvmppl.exact.named import Named, align, union
+
+
+def scale_of(factor: Factor) -> Named:
+    """A factor's scale with its axes."""
+    scale = factor.scale
+    return Named(scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), factor.scale_dims)
+
+
+def common_scale(scales: Iterable[Named], sites: Iterable[str]) -> Named:
+    """The one scale of factors that meet.
+
+    Raises:
+        ModelError: they differ; names the `sites`.
+    """
+    first, *others = scales
+    for other in others:
+        if other.tensor is first.tensor:
+            continue
+        if other.dims != first.dims or not torch.equal(other.tensor, first.tensor):
+            raise ModelError(
+                f"factors that meet in {', '.join(sorted(set(sites)))}",
+                "one common scale (poutine.scale multiplies after an enumerated site is summed out)",
+                "different scales",
+                "put poutine.scale around the enumerated site and everything that depends on it",
+            )
+    return first
+
+
+def is_one(scale: Named) -> bool:
+    """Whether the scale is the plain number 1."""
+    return not scale.dims and scale.tensor.numel() == 1 and float(scale.tensor) == 1.0
+
+
+def times(named: Named, scale: Named, straight_through: bool = False) -> Named:
+    """A log-factor times the scale of its plate; 0 · (−∞) = 0.
+
+    straight_through: the gradient is that of the log-factor itself, whatever weight the plate carries.
+    """
+    if is_one(scale):
+        return named
+    dims = union((named.dims, scale.dims))
+    plain = align(named, dims)
+    factor = align(scale, dims).to(plain.dtype)
+    scaled = torch.where(factor == 0, torch.zeros((), dtype=plain.dtype), plain * factor)
+    if straight_through:
+        difference = torch.where(torch.isfinite(plain), (scaled - plain).detach(), 0.0)
+        scaled = plain + difference
+    return Named(scaled, dims)
+
+
+def divide(named: Named, scale: Named) -> Named:
+    """A log-factor that carries its scale already, taken back to one copy of a plate of that scale."""
+    if is_one(scale):
+        return named
+    dims = union((named.dims, scale.dims))
+    return Named(align(named, dims) / align(scale, dims).to(named.tensor.dtype), dims)
