@@ -57,6 +57,8 @@ class Fit:
     elbo: float = float("nan")
     elbo_error: float = float("nan")
     elbo_per_datum: Tensor | None = None
+    test_log_evidence: float = float("nan")  # of rows held out of the fit, at its θ
+    test_elbo: float = float("nan")
     posterior: Posterior | ContinuousPosterior | None = None
     variational: Posterior | None = None  # q over its enumerated sites, in the same form
     moments: Mapping[str, Tensor] = field(
@@ -99,7 +101,7 @@ class Fit:
             name: getattr(self, name)
             for name in (
                 "algorithm", "status", "message", "steps", "seconds", "restart", "guide", "log_evidence",
-                "log_evidence_kind", "log_evidence_error", "elbo", "elbo_error",
+                "log_evidence_kind", "log_evidence_error", "elbo", "elbo_error", "test_log_evidence", "test_elbo",
             )
         }  # fmt: skip
         meta["m_step"] = [list(step) for step in self.m_step]

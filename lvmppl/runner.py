@@ -346,7 +346,9 @@ def _run_fits(
                 )
             problem = plan.builders[name]({n: f for n, (_, f) in finished.items()}, progress)
             fit = INFER[plan.options[name].algorithm](problem, plan.options[name])
-            finished[name] = (problem, _with_reference(plan, problem, fit, finished))
+            fit = _with_reference(plan, problem, fit, finished)
+            finished[name] = (problem, fit)  # kept even if its scoring is interrupted
+            finished[name] = (problem, _with_scores(plan, problem, fit))
             progress.done(name, fit.steps, fit.elbo if problem.guided else fit.log_evidence, fit.status)
         except KeyboardInterrupt:
             return finished, failures, name
@@ -374,6 +376,17 @@ def _with_reference(
         return add_reference(problem, fit, options)
     except Exception as error:  # the fit itself has gone well
         return replace(fit, message=joined(fit.message, f"reference failed: {_one_line(error)}"))
+
+
+def _with_scores(plan: _Plan, problem: Problem, fit: Fit) -> Fit:
+    """The fit with the scores of the rows held out of it, where there are any."""
+    if not plan.dataset.test:
+        return fit
+    try:
+        evidence, bound = score_rows(problem, fit, plan.model, plan.dataset.test)
+    except Exception as error:  # the fit itself has gone well
+        return replace(fit, message=joined(fit.message, f"held-out rows not scored: {_one_line(error)}"))
+    return replace(fit, test_log_evidence=evidence, test_elbo=bound)
 
 
 def _same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
@@ -432,10 +445,7 @@ def _summary_row(
             "log_evidence_kind": "none",
             "message": failures[name],
         }
-    problem, fit = fits[name]
-    test_evidence, test_elbo = math.nan, math.nan
-    if plan.dataset.test:
-        test_evidence, test_elbo = score_rows(problem, fit, plan.model, plan.dataset.test)
+    fit = fits[name][1]
     return {
         **row,
         "status": fit.status,
@@ -447,8 +457,8 @@ def _summary_row(
         "elbo": fit.elbo,
         "elbo_error": fit.elbo_error,
         "gap": total_gap(fit),
-        "test_log_evidence": test_evidence,
-        "test_elbo": test_elbo,
+        "test_log_evidence": fit.test_log_evidence,
+        "test_elbo": fit.test_elbo,
         "message": fit.message,
         **_chain_columns(fit),
     }
