@@ -20,6 +20,7 @@ from lvmppl.algorithms.problem import build_problem
 from lvmppl.density import Evaluation, isolated
 from lvmppl.distributions import MarkovChain
 from lvmppl.elbo import elbo
+from lvmppl.errors import ModelError
 from lvmppl.guides.variational import variational
 
 F64 = torch.float64
@@ -205,3 +206,34 @@ def test_reported_pieces_of_a_model_with_a_global_drawn_site_average_to_the_elbo
     assert abs(fit.elbo - expected) < 4 * fit.elbo_error
     assert fit.moments["w"][0].shape == () and fit.moments["z"][0].shape == (5,)
     assert ((fit.moments["z"][0] - m).abs() < 4 * 0.4 / 200**0.5).all()
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
+
+
+def one_hot_mixture(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.OneHotCategorical(WEIGHTS), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(z @ LOC, 1.0), obs=x)
+
+
+@pytest.mark.parametrize(
+    "family", [dist.RelaxedOneHotCategorical, dist.RelaxedOneHotCategoricalStraightThrough]
+)
+def test_density_in_the_guide_of_a_probability_in_the_model_is_refused(family: Any) -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", family(torch.tensor(0.5), logits=torch.zeros(len(x), 3)))
+
+    with pytest.raises(ModelError, match=rf"'z'.*discrete family.*OneHotCategorical.*got {family.__name__}"):
+        lvmppl.fit(one_hot_mixture, {"x": X}, algorithm="svi", guide=guide, max_steps=1)
+
+
+def test_table_in_a_subsampled_plate_is_refused_with_the_plate() -> None:
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x), subsample_size=2):
+            loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
+            pyro.sample("y", dist.Normal(loc, 1.0))
+
+    with pytest.raises(ModelError, match=r"plate 'data' around pyro.param\('loc'\).*got a subsample of 2"):
+        lvmppl.fit(chosen_mean, {"x": X}, algorithm="svi", guide=guide, max_steps=1)

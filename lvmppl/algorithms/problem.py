@@ -13,6 +13,7 @@ from lvmppl.density import (
     Joint,
     Program,
     Rows,
+    SiteInfo,
     Structure,
     Values,
     build_guide,
@@ -184,7 +185,7 @@ def check_guide(model: Structure, guide: Structure) -> None:
 
     Raises:
         ModelError: a guide site the model lacks or observes, a latent site that is neither in the guide nor enumerated,
-            or plates that differ.
+            or plates, event shape or the kind of support that differ.
     """
     for name, site in guide.sites.items():
         if name in model.sites and model.sites[name].kind == "observed":
@@ -211,6 +212,8 @@ def check_guide(model: Structure, guide: Structure) -> None:
                 f"{site.event_shape}",
                 "mind .to_event",
             )
+        if name in model.sites:
+            _check_measure(name, model.sites[name], site)
     for name, site in model.sites.items():
         if site.kind == "latent" and name not in guide.sites:
             raise ModelError(
@@ -219,3 +222,17 @@ def check_guide(model: Structure, guide: Structure) -> None:
                 f"a guide with {', '.join(guide.sites) or 'no sites'}",
                 "add it to the guide, or mark it infer={'enumerate': 'parallel'} if it is discrete",
             )
+
+
+def _check_measure(name: str, model: SiteInfo, guide: SiteInfo) -> None:
+    """log p − log q has a meaning only where both are probabilities or both are densities."""
+    if guide.discrete == model.discrete or guide.family == "Delta":
+        return
+    kinds = {True: "discrete", False: "continuous"}
+    fix = "use a discrete family; `variational` has one for every finite site" if model.discrete else ""
+    raise ModelError(
+        f"guide site '{name}'",
+        f"a {kinds[model.discrete]} family, as it has in the model ({model.family})",
+        f"{guide.family}, which is {kinds[guide.discrete]}",
+        fix,
+    )

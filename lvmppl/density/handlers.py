@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -15,6 +15,7 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.density.structure import ParameterSpec, Rows, Values
 from lvmppl.distributions import MarkovChain
+from lvmppl.errors import ModelError
 
 
 class Parameters(Messenger):
@@ -55,6 +56,7 @@ class Discovery(Messenger):
             return
         if len(msg["args"]) > 1 and id(msg["args"][1]) in self.own:
             return
+        _check_not_subsampled(name, msg["cond_indep_stack"])
         constraint = msg["kwargs"].get("constraint", constraints.real)
         if len(msg["args"]) > 1:
             start = msg["args"][1]
@@ -70,6 +72,17 @@ class Discovery(Messenger):
         frames = () if len(msg["args"]) == 1 and event_dim is None else tuple(msg["cond_indep_stack"])
         self.found[name] = (constraint, event_dim, start, frames)
         msg["value"], msg["done"] = start, True
+
+
+def _check_not_subsampled(name: str, frames: Iterable[Any]) -> None:
+    for frame in frames:
+        if frame.full_size is not None and frame.size != frame.full_size:
+            raise ModelError(
+                f"plate '{frame.name}' around pyro.param('{name}')",
+                f"a plate without subsample_size, over the {frame.full_size} rows it is handed",
+                f"a subsample of {frame.size}",
+                f"write pyro.plate('{frame.name}', len(x)), and `batch_size` for minibatches",
+            )
 
 
 def _check_start(name: str, constraint: Constraint, start: Tensor) -> None:
