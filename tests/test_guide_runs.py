@@ -76,7 +76,7 @@ def test_scores_of_held_out_rows_that_fail_leave_the_fit_and_the_others(tmp_path
     assert (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.parametrize("guide", ["variational"])
+@pytest.mark.parametrize("guide", ["auto_normal", "variational"])
 def test_table_of_a_guide_on_held_out_rows_reaches_their_log_evidence(tmp_path: Path, guide: str) -> None:
     """q holds the posterior of z ~ N(mean, 1), x ~ N(z, ½): λ of the held-out rows is optimised at the fit's θ."""
     fits = f"  q: {{algorithm: svi, guide: {{use: {guide}}}, max_steps: 20}}\n"
