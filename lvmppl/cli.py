@@ -239,7 +239,9 @@ class Bars:
     def done(self, fit: str, steps: int, objective: float, status: str) -> None:
         """What the fit ends with: the restart it keeps, and the bound or evidence of all rows at its parameters."""
         if fit in self._tasks:
-            fields = {"objective": f"{objective:.4f}", "status": status, "description": fit}
+            fields = {"status": status, "description": fit}
+            if not math.isnan(objective):  # there is no bound: the last objective stays
+                fields["objective"] = f"{objective:.4f}"
             self._progress.update(self._tasks[fit], completed=steps, refresh=True, **fields)
 
     def _draw(self, now: float, status: str) -> None:

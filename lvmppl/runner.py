@@ -165,8 +165,8 @@ def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
         raise
     except Exception as error:  # what a run would put into the summary as a failed fit
         return False, _one_line(error)
-    kind = "log joint" if options.algorithm == "mcmc" else "log evidence"
-    what = f"guide {fit.guide}, ELBO" if problem.guided else kind
+    kind = str(fit.all_history["objective_kind"].iloc[-1]).replace("_", " ").replace("elbo", "ELBO")
+    what = f"guide {fit.guide}, {kind}" if problem.guided else kind
     text = f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
     steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in fit.m_step)
     return fit.status != "diverged", f"{text}; M-step {steps}" if steps else text

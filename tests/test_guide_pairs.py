@@ -105,7 +105,7 @@ def test_every_pair_of_the_table_is_checked_and_fitted(head: str, tmp_path: Path
             ),
             max_steps=20,
         )
-        assert fit.status == "max_steps" and math.isfinite(fit.elbo)
+        assert fit.status == "max_steps" and math.isfinite(fit.elbo) != (head == "point")
         if fit.log_evidence_kind == "exact" and head != "point":
             assert fit.elbo <= fit.log_evidence + 4 * (fit.elbo_error or 0.0) + 1e-9
 

@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 
 import lvmppl
@@ -21,7 +21,7 @@ from lvmppl.density import Evaluation, isolated
 from lvmppl.distributions import MarkovChain
 from lvmppl.elbo import elbo
 from lvmppl.errors import ModelError
-from lvmppl.guides.variational import variational
+from lvmppl.guides.variational import point, variational
 
 F64 = torch.float64
 X = torch.tensor([-1.5, 0.2, 2.4, 1.1, -0.3], dtype=F64)
@@ -237,3 +237,49 @@ def test_table_in_a_subsampled_plate_is_refused_with_the_plate() -> None:
 
     with pytest.raises(ModelError, match=r"plate 'data' around pyro.param\('loc'\).*got a subsample of 2"):
         lvmppl.fit(chosen_mean, {"x": X}, algorithm="svi", guide=guide, max_steps=1)
+
+
+def tight(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.01), obs=x)
+
+
+def global_scale(x: Tensor) -> None:
+    z = pyro.sample("z", dist.Gamma(2.0, 2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.0, z), obs=x)
+
+
+@pytest.mark.parametrize("guide", [point, AutoDelta])
+@pytest.mark.parametrize("algorithm", ["svi", "vem"])
+def test_point_has_no_elbo_and_its_objective_is_the_log_joint_by_hand(guide: Any, algorithm: str) -> None:
+    """At the point the density is far above the evidence: it must not pass for a bound."""
+    fit = lvmppl.fit(
+        tight,
+        {"x": X},
+        algorithm=algorithm,
+        guide=guide,
+        max_steps=60,
+        learning_rate=0.2,
+        schedule="constant",
+    )
+    (z,) = fit.guide_parameters.values()
+    joint = float((normal(z, 0.0, 1.0) + normal(X, z, 0.01)).sum())
+    assert fit.history["objective"].max() == pytest.approx(joint, rel=1e-12)
+    assert set(fit.history["objective_kind"]) == {"log_joint"}
+    assert math.isnan(fit.elbo) and math.isnan(fit.elbo_error) and fit.elbo_per_datum is None
+    assert "no ELBO: q is a point at the site z" in fit.message
+    assert fit.moments["z"].shape == (2, 5) and bool((fit.moments["z"][1] == 0).all())
+
+
+def test_global_point_is_said_to_be_one() -> None:
+    fit = lvmppl.fit(global_scale, {"x": X}, algorithm="svi", guide=point, max_steps=2)
+    assert math.isnan(fit.elbo) and "q is a point at the global site z" in fit.message
+
+
+@pytest.mark.parametrize("guide", [AutoNormal, AutoMultivariateNormal, variational])
+def test_values_that_follow_a_draw_are_no_points(guide: Any) -> None:
+    fit = lvmppl.fit(global_scale, {"x": X}, algorithm="svi", guide=guide, max_steps=2)
+    assert math.isfinite(fit.elbo) and fit.message == ""
+    assert set(fit.history["objective_kind"]) == {"elbo"}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.ascent import Trajectory
 from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.points import point_message
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.reported import reported_bound
 from lvmppl.continuous_posteriors import ContinuousPosterior
@@ -41,12 +42,13 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
     """The Fit of the best trajectory."""
     started = time.perf_counter()
     score = evaluate(problem, best.values)
+    unbounded = point_message(problem) if problem.guided else ""
     history = history_frame([row for t in trajectories for row in t.rows])
     seconds = sum(t.rows[-1]["seconds"] for t in trajectories if t.rows) + time.perf_counter() - started
     return Fit(
         algorithm=options.algorithm,
         status=best.status,
-        message=best.message,
+        message="; ".join(m for m in (best.message, unbounded) if m),
         steps=best.steps,
         seconds=seconds,
         parameters={n: best.values[n].detach().clone() for n in problem.theta},

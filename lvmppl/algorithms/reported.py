@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.evidence import CHUNK, join_factors, join_variables
+from lvmppl.algorithms.points import point_sites
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.stepper import StepSeeds, draws
 from lvmppl.density import Evaluation, Rows, Values
@@ -29,6 +30,7 @@ ROW_DRAWS = 50_000_000  # draws times rows above which there are fewer draws
 @dataclass(frozen=True)
 class ReportedBound:
     """elbo, error: of the sum over rows, in nats, and its standard error (0 where nothing is drawn).
+    Both NaN, and per_datum None, where q holds a continuous site at a point: there is no bound then.
 
     moments: by drawn site of the model [2, *plates, *event], mean and sd under q, the data plate first.
     """
@@ -59,6 +61,8 @@ def reported_bound(problem: Problem, values: Values) -> ReportedBound:
     spread = math.fsum((t - mean) ** 2 for t in totals)
     error = math.sqrt(spread / (count - 1) / count) if count > 1 else 0.0
     per_datum = None if pieces[0].per_datum is None else torch.cat([p.mean_per_datum() for p in pieces])
+    if point_sites(problem):
+        mean, error, per_datum = math.nan, math.nan, None
     return ReportedBound(mean, error, per_datum, _variational(problem, pieces), _moments(problem, pieces))
 
 

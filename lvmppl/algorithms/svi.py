@@ -14,6 +14,7 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import TAIL, Trajectory, rate_factor
 from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
+from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.row_check import check_row_indices
@@ -46,7 +47,7 @@ class _Ascent:
     def __init__(self, problem: Problem, options: SVIOptions) -> None:
         assert problem.guided is not None
         self.problem, self.options, self.joint = problem, options, problem.guided
-        self.trajectory, self.seeds = Trajectory(0, "elbo"), StepSeeds(problem, 0)
+        self.trajectory, self.seeds = Trajectory(0, objective_kind(problem)), StepSeeds(problem, 0)
         self.watch = Watch(problem, options)
         self.batches = Batches(problem, options.batch_size, 0, self.watch.training)
         small = self.batches.size is not None

@@ -15,6 +15,7 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
 from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
+from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.row_check import check_row_indices
@@ -146,7 +147,7 @@ class _Alternation:
 
 def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajectory:
     """One restart: E and M phases in turn until the stopping rule is met."""
-    trajectory, recovery = Trajectory(restart, "elbo"), Recovery()
+    trajectory, recovery = Trajectory(restart, objective_kind(problem)), Recovery()
     state = _Alternation(problem, options, restart)
     tail = int((1 - TAIL) * options.max_steps)
     for step in range(options.max_steps + 1):
