@@ -36,6 +36,11 @@ MODELS: dict[str, tuple[str, str]] = {
         "lvmppl.models.hmm:hidden_markov",
         "a hidden Markov model; emission categorical, gaussian, poisson or bernoulli",
     ),
+    "linear_gaussian": (
+        "lvmppl.models.state_space:linear_gaussian",
+        "a linear-Gaussian state space (a Kalman filter's model) of sequences",
+    ),
+    "local_level": ("lvmppl.models.state_space:local_level", "a random walk seen through noise"),
 }
 
 GUIDES: dict[str, tuple[str, str]] = {

@@ -1,4 +1,4 @@
-"""Distributions that Pyro lacks: whole state sequences of a Markov chain."""
+"""Distributions that Pyro lacks: whole state sequences of a Markov chain, discrete or Gaussian."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.errors import InputError
 from lvmppl.exact.chain_factors import lookup, path_factors, pick
+from lvmppl.gaussian_chain import GaussianChain
+
+__all__ = ["GaussianChain", "MarkovChain"]
 
 
 class MarkovChain(TorchDistribution):

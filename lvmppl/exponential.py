@@ -19,7 +19,7 @@ a vector or matrix.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyro.distributions as dist
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
-from lvmppl.density import EnumeratedChain, SiteView, chain_axes, time_axis
+from lvmppl.density import EnumeratedChain, SiteView, chain_axes, gaussian_chain_parts, time_axis
+from lvmppl.distributions import GaussianChain
 from lvmppl.exact.named import Named
 from lvmppl.families import unexpanded
 from lvmppl.family_table import FAMILIES, Family
@@ -91,18 +92,20 @@ class Reading:
         return next(iter(self.fields.values())).tensor.dtype
 
 
-def read_factors(view: SiteView) -> dict[str, Reading | None]:
+def read_factors(view: SiteView, kind: str | None = None) -> dict[str, Reading | None]:
     """A reading for each log-factor of the site, by the factor's name: one, or a chain's start and its steps."""
     if isinstance(view.fn, EnumeratedChain):
         return {view.name: _chain_start(view), view.name + TRANSITION: _chain_steps(view)}
-    return {view.name: read(view)}
+    if isinstance(view.fn, GaussianChain):
+        parts = gaussian_chain_parts(view.name, view.fn, view.value)
+        return {key: read(replace(view, name=key, fn=fn, value=value), kind) for key, fn, value in parts}
+    return {view.name: read(view, kind)}
 
 
 def read_factor(views: Mapping[str, SiteView], name: str, kind: str) -> Reading | None:
     """The reading of the log-factor of this name, in the kind found earlier."""
-    if name in views and not isinstance(views[name].fn, EnumeratedChain):
-        return read(views[name], kind)
-    return read_factors(views[name.removesuffix(TRANSITION)])[name]
+    view = views[name] if name in views else views[name.removesuffix(TRANSITION)]
+    return read_factors(view, kind)[name]
 
 
 def _chain_start(view: SiteView) -> Reading:

@@ -14,7 +14,7 @@ from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.heldout import serve
 from lvmppl.algorithms.outcome import finish
-from lvmppl.algorithms.problem import Problem, Progress, build_problem
+from lvmppl.algorithms.problem import LIFTING, Problem, Progress, build_problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError
@@ -74,6 +74,7 @@ def fit(
             start=None if start_from is None else {**start_from.parameters, **start_from.guide_parameters},
             frozen=getattr(parsed, "freeze", ()),
             seed=seed,
+            lift=algorithm in LIFTING,
         )
         return run_problem(problem, parsed)
 
@@ -87,13 +88,18 @@ def posterior(
 ) -> Posterior | ContinuousPosterior:
     """The exact posterior p(z | x; θ) and log evidence, at `parameters` or at the model's own start.
 
+    A global latent site that `parameters` names is a parameter (what `em` and `enumeration` make of it): it stands at
+    that value, and its prior is not part of the log evidence.
+
     Raises:
         IntractableError: there is none; the message names the sites in the way and what to use instead.
         InputError: the data, the model or a parameter is wrong.
     """
     tensors = as_tensors(data)
     with isolated(derive_seed(0, "posterior"), dtype_of(tensors)):
-        problem = build_problem("posterior", model, tensors, data_plate=data_plate, start=parameters)
+        problem = build_problem(
+            "posterior", model, tensors, data_plate=data_plate, start=parameters, lift=tuple(parameters or ())
+        )
         unknown = [n for n in parameters or () if n not in problem.theta]
         if unknown:
             listing = ", ".join(problem.theta) or "it has none"

@@ -24,7 +24,7 @@ from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.mcmc import add_reference, joined, require_continuous, with_draws
-from lvmppl.algorithms.problem import Problem, Progress, Silent, build_problem
+from lvmppl.algorithms.problem import LIFTING, Problem, Progress, Silent, build_problem
 from lvmppl.compare import gaps, total_gap
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.density import derive_seed, isolated
@@ -266,6 +266,7 @@ def _builder(plan: _Plan, name: str, options: Options) -> Callable[[Mapping[str,
             frozen=getattr(options, "freeze", ()),
             seed=seed,
             progress=progress,
+            lift=options.algorithm in LIFTING,
         )
 
     return build

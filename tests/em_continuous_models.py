@@ -9,6 +9,8 @@ from em_models import CASES, ENUMERATE, blobs, case, generator, line, normal, we
 from torch import Tensor
 from torch.distributions import constraints
 
+from lvmppl.distributions import GaussianChain
+
 __all__ = ["CASES"]
 
 
@@ -112,6 +114,10 @@ def slope_in_a_factor(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(slope * z, scale), obs=x)
 
 
+def sequences() -> dict[str, Tensor]:
+    return {"x": normal(4, 9, 3, seed=65).cumsum(1)}
+
+
 def events() -> dict[str, Tensor]:
     rate = torch.exp(0.8 * normal(2 * 13, seed=62) + 0.5)
     return {"x": torch.poisson(rate, generator=generator(63)).double()}
@@ -124,3 +130,22 @@ def overdispersed_counts(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(level, spread))
         pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+
+@case(sequences, "initial transition emission noise variance", steps=5)
+def chain_with_a_full_noise_covariance(x: Tensor) -> None:
+    """A linear-Gaussian state space of which everything is fitted."""
+    initial = pyro.param("initial", lambda: normal(2, seed=66))
+    start = torch.tensor([[0.8, 0.2], [-0.1, 0.6]], dtype=torch.float64)
+    transition = pyro.param("transition", start)
+    eye = torch.eye(2).double()
+    noise = pyro.param("noise", eye, constraint=constraints.positive_definite)
+    emission, variance = (
+        pyro.param("emission", lambda: normal(3, 2, seed=67)),
+        positive("variance", 3, seed=68),
+    )
+    first = dist.Normal(initial, 1.0).to_event(1)
+    step = dist.MultivariateNormal(torch.zeros(2).double(), noise)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", GaussianChain(first, transition, step, x.shape[1]))
+        pyro.sample("x", dist.Normal(z @ emission.T, variance.sqrt()).to_event(2), obs=x)

@@ -94,7 +94,8 @@ def test_closed_form_m_step_equals_gradient_m_step_run_to_its_optimum(case: Case
         assert reached >= float(expected_log_joint(problem, start, weights))
 
 
-FIXED = {n: c for n, c in CASES.items() if n not in ("partly_masked", "also_in_a_factor")}
+SLOW = ("partly_masked", "also_in_a_factor", "chain_with_a_full_noise_covariance")  # to arrive
+FIXED = {n: c for n, c in CASES.items() if n not in SLOW}
 
 
 @pytest.mark.parametrize("case", FIXED.values(), ids=FIXED)

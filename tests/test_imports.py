@@ -56,7 +56,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "yaml pandas",
     ),
     "distributions": (
-        "lvmppl.distributions lvmppl.distributions.*",
+        "lvmppl.distributions lvmppl.distributions.* lvmppl.gaussian_chain",
         "errors exact distributions",
         "yaml pandas",
     ),

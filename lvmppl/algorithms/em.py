@@ -18,8 +18,9 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
-from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified, working_dtype
+from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
 from lvmppl.algorithms.outcome import finish
+from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.remarks import remarks
 from lvmppl.algorithms.start import start_values
@@ -77,7 +78,7 @@ class _Run:
             self.tables = None
 
     def _restart(self, number: int) -> Trajectory:
-        trajectory = Trajectory(number, "log_evidence")
+        trajectory = Trajectory(number, self.problem.objective_kind)
         values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
         stopping = Stopping(self.options.tolerance)
         for step in range(self.options.max_steps + 1):
@@ -146,7 +147,7 @@ class _Run:
         moved = ", ".join(self._lowering(trajectory, values)) or "no parameter"
         trajectory.status = "diverged"
         trajectory.message = (
-            f"log evidence went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
+            f"{self.problem.objective_name} went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
             f"which updated {moved}"
         )
         trajectory.values = trajectory.values or detached(values)

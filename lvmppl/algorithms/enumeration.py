@@ -45,7 +45,7 @@ def infer(problem: Problem, options: EnumerationOptions) -> Fit:
 
 
 def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Trajectory:
-    trajectory = Trajectory(restart, "log_evidence")
+    trajectory = Trajectory(restart, problem.objective_kind)
     start = start_values(problem, options.init, restart, options.restarts)
     coordinates = Coordinates(problem.model.specs, problem.free_theta)
     fixed = {n: start[n] for n in problem.theta if n not in problem.free_theta}
@@ -60,7 +60,7 @@ def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Traj
         if not math.isfinite(value):
             trajectory.status = "diverged"
             trajectory.message = (
-                f"log evidence became {value} at step {step}; the best iterate before it is kept"
+                f"{problem.objective_name} became {value} at step {step}; the best before it is kept"
             )
             if not trajectory.values:
                 trajectory.values = detached(start)

@@ -36,6 +36,7 @@ def score_rows(
         data_plate=problem.data_plate,
         start=fit.parameters,
         seed=problem.seed,
+        lift=problem.lifted,
     )
     if fresh.guided is None:
         try:

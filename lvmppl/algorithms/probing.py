@@ -131,19 +131,12 @@ def propose(problem: Problem) -> Proposal:
                 one is None or two is None or set(one.fields) != set(two.fields)
                 for one, two in pairs.values()
             ):
-                opaque[name] = (_family(view), _opaque_depends(view, leaves))
+                opaque[name] = (problem.model.structure.sites[name].family, _opaque_depends(view, leaves))
                 continue
             for factor, (one, two) in pairs.items():
                 assert one is not None and two is not None
                 uses[factor] = _use(one, two, match, leaves)
     return Proposal(uses, opaque)
-
-
-def _family(view: SiteView) -> str:
-    fn = view.fn
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return type(fn).__name__
 
 
 def _probe(problem: Problem, seed: int) -> dict[str, Tensor]:

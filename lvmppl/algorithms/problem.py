@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -45,6 +45,10 @@ class Silent:
     def done(self, fit: str, steps: int, objective: float, status: str) -> None: ...
 
 
+LIFTING = ("em", "enumeration")
+"""Algorithms that fit global continuous latents as parameters, by MAP; the others keep them latent."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """A model and guide bound to their data. `initial` holds the start of θ and λ, constrained."""
@@ -76,6 +80,21 @@ class Problem:
     def integrates(self) -> bool:
         """Whether latent sites are left that are not enumerated, for an engine of continuous ones."""
         return bool(self.model.structure.continuous)
+
+    @property
+    def lifted(self) -> tuple[str, ...]:
+        """Parameters that are sites of the model, with a prior."""
+        return tuple(s.name for s in self.model.structure.sites.values() if s.kind == "parameter")
+
+    @property
+    def objective_kind(self) -> str:
+        """What exact fits climb: log p(x; θ), or with the priors of parameters log p(x, θ)."""
+        return "log_posterior" if self.lifted else "log_evidence"
+
+    @property
+    def objective_name(self) -> str:
+        """The same in words, for messages."""
+        return self.objective_kind.replace("_", " ")
 
     @property
     def free_theta(self) -> tuple[str, ...]:
@@ -113,11 +132,12 @@ def build_problem(
     frozen: Sequence[str] = (),
     seed: int = 0,
     progress: Progress | None = None,
+    lift: bool | Collection[str] = False,
 ) -> Problem:
     """Trace the model (and guide) once and bind them to the data.
 
     start: values that replace the model's or guide's own start, by name. A guide that `guide_takes_model` is built here,
-    once, from the model and `guide_args`.
+    once, from the model and `guide_args`. lift: which global continuous latents are fitted as parameters, see `discover`.
 
     Raises:
         ModelError: the model or guide raises or breaks the contract, or their sites do not match.
@@ -125,7 +145,7 @@ def build_problem(
     """
     rebuild: dict[str, Any] | None = None
     program = Program(model, "model")
-    structure = discover(program, data, data_plate)
+    structure = discover(program, data, data_plate, lift=lift)
     _check_observed(structure)
     guided = None
     initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.closed_form import ClosedSite
-from lvmppl.algorithms.m_step import Plan
+from lvmppl.algorithms.plan import Plan
 from lvmppl.density import Values
 from lvmppl.exact.named import align
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.expected import Piece, Weights, add_up, gradient_m_step
-from lvmppl.algorithms.m_step import Plan, solve_closed
+from lvmppl.algorithms.m_step import solve_closed
+from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics
 from lvmppl.density import (

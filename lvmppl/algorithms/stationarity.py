@@ -17,7 +17,8 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.expected import Weights, e_step, expected_log_joint
-from lvmppl.algorithms.m_step import Plan, solve_closed
+from lvmppl.algorithms.m_step import solve_closed
+from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.probing import probe_rows
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import bounds

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import is_chunkable
-from lvmppl.algorithms.m_step import Plan, working_dtype
+from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import (
     PACKED,

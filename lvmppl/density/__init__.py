@@ -16,6 +16,7 @@ from __future__ import annotations
 from lvmppl.density.autoguides import build_guide, is_autoguide, spans_rows
 from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
+from lvmppl.density.factors import gaussian_chain_parts
 from lvmppl.density.handlers import EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
 from lvmppl.density.joint import HeldJoint, Joint
@@ -56,6 +57,7 @@ __all__ = [
     "derive_seed",
     "describe",
     "discover",
+    "gaussian_chain_parts",
     "is_autoguide",
     "isolated",
     "mixed",

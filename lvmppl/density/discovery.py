@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -12,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
 from lvmppl.density.handlers import Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
@@ -20,6 +21,7 @@ from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
 from lvmppl.errors import InputError, ModelError
 
+_START_DRAWS = 15  # as in Pyro's init_to_median
 _SPARE_NESTING = 12  # plate axes reserved in the first trace, before the real nesting is known
 
 
@@ -42,9 +44,15 @@ def num_rows(data: Values) -> int:
 
 
 def discover(
-    program: Program, data: Values, data_plate: str | None = None, model: Structure | None = None
+    program: Program,
+    data: Values,
+    data_plate: str | None = None,
+    model: Structure | None = None,
+    lift: bool | Collection[str] = False,
 ) -> Structure:
     """Run `program` once on all rows and learn its parameters, sites and plates.
+
+    lift: whether continuous latent sites outside of the data plate become parameters with a prior: all, or those named.
 
     Enumerated sites are enumerated already here, so that `loc[z]` never takes the size of the data. For a guide,
     `model` is the model's structure: the data plate's name is taken from it.
@@ -72,6 +80,11 @@ def discover(
     parameters = {name: ParameterSpec(name, constraints.real, w.clone()) for name, w in weights.items()}
     for name, (constraint, event_dim, start, frames) in found.found.items():
         parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
+    for name in _liftable(sites, plate):
+        if lift is True or (lift is not False and name in lift):
+            fn: Any = tracer.trace.nodes[name]["fn"]
+            parameters[name] = ParameterSpec(name, fn.support, _median(fn), is_site=True)
+            sites[name] = replace(sites[name], kind="parameter")
     return Structure(parameters, sites, sizes, axes, nesting, plate, total)
 
 
@@ -106,6 +119,21 @@ def check_plates(role: str, trace: Any, rows: int, data_plate: str | None) -> di
     if data_plate in sizes:
         check_plate(role, str(data_plate), sizes[str(data_plate)], rows)
     return sizes
+
+
+def _liftable(sites: Mapping[str, SiteInfo], plate: str | None) -> list[str]:
+    """Global continuous latents: outside of the data plate of a model that has one."""
+    if plate is None:
+        return []
+    return [n for n, s in sites.items() if s.kind == "latent" and not s.discrete and plate not in s.plates]
+
+
+def _median(fn: Any) -> Tensor:
+    """The median of a few draws, in unconstrained coordinates: near the middle of a prior, and no two entries alike."""
+    transform = transform_to(fn.support)
+    with torch.no_grad():
+        start: Tensor = transform(transform.inv(fn.sample((_START_DRAWS,))).median(0).values)
+    return start
 
 
 def describe(model: Callable[..., Any], data: Values) -> Structure:

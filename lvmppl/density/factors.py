@@ -23,6 +23,7 @@ from lvmppl.density.structure import (
     chain_axes,
     time_axis,
 )
+from lvmppl.distributions import GaussianChain
 from lvmppl.errors import ModelError
 
 
@@ -148,6 +149,12 @@ def _factors(
 
     if isinstance(site["fn"], EnumeratedChain):
         return [factor(*part) for part in _chain_factors(name, site["fn"].chain, axis_names)]
+    if isinstance(site["fn"], GaussianChain):
+        parts = gaussian_chain_parts(name, site["fn"], site["value"])
+        return [
+            factor(key, *_name_axes(_masked(log_density(fn, value), site), axis_names, name))
+            for key, fn, value in parts
+        ]
     steps = _chain_steps(variables, axis_names)
     stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
     if stepwise is not None and stepwise.shape[-1] in steps:
@@ -202,6 +209,13 @@ def _chain_factors(
     yield (name, *_name_axes(chain.log_initial, axis_names, name, (name,)))
     step, before, after = chain_axes(name, chain.num_steps)
     yield (f"{name}·transition", *_name_axes(chain.log_transition, axis_names, name, (step, before, after)))
+
+
+def gaussian_chain_parts(name: str, chain: GaussianChain, value: Tensor) -> Iterator[tuple[str, Any, Tensor]]:
+    """(key, distribution, value) of the first state and of the steps."""
+    yield name, chain.initial, value[..., 0, :]
+    if chain.num_steps > 1:
+        yield f"{name}·transition", chain.steps(value), value[..., 1:, :]
 
 
 def build_views(

@@ -38,6 +38,12 @@ class Parameters(Messenger):
             msg["value"] = value
             msg["done"] = True
 
+    def _pyro_sample(self, msg: Any) -> None:
+        """A site that is a parameter stands at its value; its density stays among the factors, as prior."""
+        spec = self.specs.get(msg["name"])
+        if spec is not None and spec.is_site and not msg["is_observed"]:
+            msg["value"], msg["done"] = self.values[msg["name"]], True
+
 
 class Discovery(Messenger):
     """Records parameters at their first statement, with the plates they stand in, and answers with their start."""

@@ -49,12 +49,16 @@ class Rows:
 
 @dataclass(frozen=True)
 class ParameterSpec:
-    """A parameter as first seen: its constraint, its start (constrained) and, for a per-datum table, its row axis."""
+    """A parameter as first seen: its constraint, its start (constrained) and, for a per-datum table, its row axis.
+
+    is_site: whether it is a sample site of the model, fitted as a point with its density as prior.
+    """
 
     name: str
     constraint: Constraint
     initial: Tensor
     row_axis: int | None = None  # negative axis of the data plate in the tensor, None for a global parameter
+    is_site: bool = False
 
     @property
     def is_table(self) -> bool:

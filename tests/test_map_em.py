@@ -1,0 +1,184 @@
+"""Parameters under a prior, written as global latent sites: MAP by EM and by gradient beside conjugate closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.distributions import constraints
+
+import lvmppl
+
+ENUMERATE = {"enumerate": "parallel"}
+
+
+def real(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def conjugate(x: Tensor, count: Tensor, flag: Tensor, kind: Tensor) -> None:
+    mean = pyro.sample("mean", dist.Normal(real(1.0), 0.5))
+    variance = pyro.sample("variance", dist.InverseGamma(real(3.0), 4.0))
+    precision = pyro.sample("precision", dist.Gamma(real(2.5), 0.7))
+    rate = pyro.sample("rate", dist.Gamma(real(2.0), 3.0))
+    chance = pyro.sample("chance", dist.Beta(real(2.0), 5.0))
+    shares = pyro.sample("shares", dist.Dirichlet(torch.tensor([3.0, 2.0, 4.0], dtype=torch.float64)))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, 1.3), obs=x)
+        pyro.sample("y", dist.Normal(0.4, variance.sqrt()), obs=x)
+        pyro.sample("w", dist.Normal(0.4, precision**-0.5), obs=x)
+        pyro.sample("count", dist.Poisson(rate), obs=count)
+        pyro.sample("flag", dist.Bernoulli(chance), obs=flag)
+        pyro.sample("kind", dist.Categorical(shares), obs=kind)
+
+
+def rows() -> dict[str, Tensor]:
+    rng = np.random.default_rng(3)
+    data = {
+        "x": rng.normal(2, 1.5, 17),
+        "count": rng.poisson(2.0, 17).astype(float),
+        "flag": (rng.random(17) < 0.6).astype(float),
+        "kind": rng.integers(0, 3, 17),
+    }
+    return {k: torch.as_tensor(v) for k, v in data.items()}
+
+
+@pytest.mark.parametrize("algorithm", ["em", "enumeration"])
+def test_map_of_conjugate_priors_equals_their_modes(algorithm: str) -> None:
+    data = rows()
+    x, count, flag, kind = (v.numpy() for v in data.values())
+    fit = lvmppl.fit(conjugate, data, algorithm=algorithm, tolerance=1e-13)
+    n, squares = len(x), ((x - 0.4) ** 2).sum()
+    expected = {
+        "mean": (x.sum() / 1.69 + 1.0 / 0.25) / (n / 1.69 + 1 / 0.25),
+        "variance": (4.0 + squares / 2) / (3.0 + n / 2 + 1),
+        "precision": (2.5 - 1 + n / 2) / (0.7 + squares / 2),
+        "rate": (count.sum() + 1) / (n + 3),
+        "chance": (flag.sum() + 1) / (n + 5),
+        "shares": (np.bincount(kind, minlength=3) + np.array([2, 1, 3])) / (n + 6),
+    }
+    assert set(fit.parameters) == set(expected)
+    tolerance = 1e-10 if algorithm == "em" else 1e-4
+    for name, value in expected.items():
+        np.testing.assert_allclose(fit.parameters[name], value, rtol=tolerance, err_msg=name)
+    if algorithm == "em":
+        assert {s.how for s in fit.m_step} == {"closed-form"}
+        assert "with a prior (Gamma)" in {s.parameter: s.why for s in fit.m_step}["rate"]
+
+
+def mixture(x: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(torch.tensor([2.0, 3.0], dtype=torch.float64)))
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(real(0.0), 3.0))
+    precision = pyro.sample("precision", dist.Gamma(real(2.0), 1.5))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+        pyro.sample("y", dist.Normal(0.0, precision**-0.5), obs=x)
+
+
+def line() -> Tensor:
+    rng = np.random.default_rng(5)
+    return torch.as_tensor(np.concatenate([rng.normal(-2, 1, 11), rng.normal(3, 1, 8)]))
+
+
+def log_prior(p: dict[str, np.ndarray]) -> float:
+    total = stats.dirichlet.logpdf(p["weights"], [2, 3]) + stats.norm.logpdf(p["loc"], 0, 3).sum()
+    return float(total + stats.gamma.logpdf(p["precision"], 2.0, scale=1 / 1.5))
+
+
+def log_joint(p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
+    """log p(x, y, z) [K, N]."""
+    parts = np.log(p["weights"])[:, None] + stats.norm.logpdf(x, p["loc"][:, None], 1.0)
+    total: np.ndarray = parts + stats.norm.logpdf(x, 0.0, p["precision"] ** -0.5)
+    return total
+
+
+def test_em_step_under_priors_equals_pseudo_counts_by_hand() -> None:
+    x = line().numpy()
+    fit = lvmppl.fit(mixture, {"x": line()}, algorithm="em", max_steps=1, tolerance=0, seed=2)
+    again = lvmppl.fit(mixture, {"x": line()}, algorithm="em", max_steps=2, tolerance=0, seed=2)
+    p = {k: v.numpy() for k, v in fit.parameters.items()}
+    joint = log_joint(p, x)
+    q = np.exp(joint - np.logaddexp(*joint))
+    expected = {
+        "weights": (q.sum(1) + np.array([1, 2])) / (len(x) + 3),
+        "loc": q @ x / (q.sum(1) + 1 / 9),
+        "precision": (len(x) / 2 + 1) / ((x**2).sum() / 2 + 1.5),
+    }
+    for name, value in expected.items():
+        np.testing.assert_allclose(again.parameters[name], value, rtol=1e-9, err_msg=name)
+    assert not np.allclose(p["loc"], expected["loc"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "enumeration"])
+def test_objective_is_the_log_posterior_and_log_evidence_leaves_priors_out(algorithm: str) -> None:
+    x = line()
+    fit = lvmppl.fit(mixture, {"x": x}, algorithm=algorithm, tolerance=1e-12)
+    p = {k: v.numpy() for k, v in fit.parameters.items()}
+    evidence = float(np.logaddexp(*log_joint(p, x.numpy())).sum())
+    assert fit.log_evidence == pytest.approx(evidence, rel=1e-10)
+    assert set(fit.history["objective_kind"]) == {"log_posterior"}
+    assert fit.history["objective"].max() == pytest.approx(evidence + log_prior(p), rel=1e-10)
+    post = lvmppl.posterior(mixture, {"x": x}, parameters=fit.parameters)
+    assert post.log_evidence == pytest.approx(evidence, rel=1e-10)
+    step = 1e-5  # a maximum: no neighbour is higher
+    for name in ("loc", "precision"):
+        for sign in (-1, 1):
+            moved = {**p, name: p[name] + sign * step * 50}
+            near = float(np.logaddexp(*log_joint(moved, x.numpy())).sum()) + log_prior(moved)
+            assert near < evidence + log_prior(p) + 1e-7
+
+
+def test_prior_that_is_not_conjugate_is_climbed_by_gradient() -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.sample("scale", dist.HalfCauchy(real(2.0)))
+        tau = pyro.param("tau", real(1.5), constraint=constraints.positive)
+        loc = pyro.sample("loc", dist.Normal(real(0.0), tau))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.5, scale), obs=x)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=x)
+            pyro.sample("z", dist.Normal(loc * 0.3, tau), obs=x)
+
+    fit = lvmppl.fit(model, {"x": line()}, algorithm="em", tolerance=1e-13)
+    reasons = {s.parameter: (s.how, s.why) for s in fit.m_step}
+    assert reasons["scale"] == ("gradient", "its prior (HalfCauchy) is not conjugate")
+    assert reasons["loc"] == ("gradient", "its prior is fitted too")
+    assert reasons["tau"][0] == "gradient"
+    x = line().numpy()
+    grid = np.linspace(1.5, 4.5, 60001)
+    density = stats.halfcauchy.logpdf(grid, scale=2.0)
+    density += stats.norm.logpdf(x[:, None], 0.5, grid).sum(0)
+    assert float(fit.parameters["scale"]) == pytest.approx(grid[density.argmax()], abs=1e-3)
+
+
+def test_map_beside_continuous_latents_equals_the_gradient_of_the_same_model() -> None:
+    """A prior on loadings and a latent Gaussian: both kinds of continuous site in one model."""
+
+    def model(x: Tensor) -> None:
+        slope = pyro.sample("slope", dist.Normal(torch.zeros(3).double(), 0.8).to_event(1))
+        noise = pyro.param("noise", real(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(real(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z.unsqueeze(-1) * slope, 0.7).to_event(1), obs=x)
+            pyro.sample("y", dist.Normal(0.2, noise), obs=x[:, 0])
+
+    rng = np.random.default_rng(8)
+    x = torch.as_tensor(rng.normal(size=(23, 1)) * [1.0, -2.0, 0.5] + 0.5 * rng.normal(size=(23, 3)))
+    em = lvmppl.fit(model, {"x": x}, algorithm="em", tolerance=1e-12, seed=1)
+    climbed = lvmppl.fit(model, {"x": x}, algorithm="enumeration", tolerance=1e-12, seed=1)
+    assert {s.parameter: s.how for s in em.m_step} == {"slope": "closed-form", "noise": "closed-form"}
+    assert em.history["objective"].diff().min() >= -1e-9 * abs(em.log_evidence)
+    slope = em.parameters["slope"].numpy()
+    covariance = np.outer(slope, slope) + 0.49 * np.eye(3)
+    expected = stats.multivariate_normal(np.zeros(3), covariance).logpdf(x.numpy()).sum()
+    expected += stats.norm.logpdf(x[:, 0].numpy(), 0.2, float(em.parameters["noise"])).sum()
+    assert em.log_evidence == pytest.approx(expected, rel=1e-9)
+    assert em.history["objective"].iloc[-1] == pytest.approx(
+        expected + stats.norm.logpdf(slope, 0, 0.8).sum(), rel=1e-9
+    )
+    assert em.history["objective"].max() == pytest.approx(climbed.history["objective"].max(), abs=1e-5)
