@@ -151,9 +151,13 @@ class VEMOptions(VariationalOptions):
 
 
 class SVIOptions(VariationalOptions):
-    """Stochastic variational inference: λ and θ together, on minibatches."""
+    """Stochastic variational inference: λ and θ together, on minibatches.
+
+    restarts: as for `enumeration`; where the objective is an estimate, compared by its mean over the last quarter.
+    """
 
     algorithm: Literal["svi"] = "svi"
+    restarts: Count = 1
     max_steps: Count = 2000
     tolerance: Annotated[float, Field(ge=0)] = 0.0
 

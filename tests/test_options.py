@@ -16,7 +16,7 @@ CONTRACT: dict[str, dict[str, Any]] = {
     "max_steps": {"em": 500, "enumeration": 500, "vem": 500, "svi": 2000},
     "tolerance": {"em": 1e-8, "enumeration": 1e-8, "vem": 1e-8, "svi": 0.0},
     "init": dict.fromkeys(["em", "enumeration", "vem", "svi"], "params"),
-    "restarts": dict.fromkeys(["em", "enumeration", "vem"], 1),
+    "restarts": dict.fromkeys(["em", "enumeration", "vem", "svi"], 1),
     "optimizer": {"enumeration": "lbfgs", "em": "lbfgs", "vem": "adam", "svi": "adam"},
     "batch_size": dict.fromkeys(["vem", "svi"]),
     "num_particles": dict.fromkeys(["vem", "svi"], 1),
@@ -111,7 +111,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("em", {"freeze": ["loc", 3]}, "fit.freeze.1: expected text, got 3"),
     ("em", {"guide": {"use": "categorical"}}, "guide is an option of vem, svi only"),
     ("em", {"num_samples": 3}, "num_samples is an option of mcmc only"),
-    ("svi", {"restarts": 3}, "restarts is an option of enumeration, em, vem only"),
+    ("svi", {"e_steps": 3}, "e_steps is an option of vem only"),
     ("svi", {"e_steps": 3}, "e_steps is an option of vem only"),
     ("svi", {"batch_size": 0}, "fit.batch_size: expected a number above 0, got 0"),
     (

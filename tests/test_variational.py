@@ -307,3 +307,28 @@ def test_validation_fraction_refuses_a_table_and_no_patience() -> None:
         )
     with pytest.raises(InputError, match="expected patience beside it"):
         lvmppl.fit(latent_normal, {"x": MANY}, algorithm="svi", guide=encoder_guide, validation_fraction=0.2)
+
+
+def two_means(x: Tensor) -> None:
+    """Both means start at 0, where the responsibilities of neither can move: a start that no gradient leaves."""
+    loc = pyro.param("loc", torch.zeros(2))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc[z], 0.5), obs=x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 20])
+def test_restarts_of_svi_keep_the_best_and_start_apart(batch_size: int | None) -> None:
+    x = torch.cat([MANY - 3.0, MANY + 1.0])
+    options: dict[str, Any] = {"max_steps": 150, "learning_rate": 0.1, "batch_size": batch_size}
+    one = lvmppl.fit(two_means, {"x": x}, algorithm="svi", guide=table_guide, **options)
+    fit = lvmppl.fit(two_means, {"x": x}, algorithm="svi", guide=table_guide, restarts=3, **options)
+    history = fit.all_history
+    assert sorted(history["restart"].unique()) == [0, 1, 2]
+    first = history[history["restart"] == 0]["objective"].reset_index(drop=True)
+    pd.testing.assert_series_equal(first, one.history["objective"], check_names=False, rtol=1e-12)
+    tail = history[history["step"] >= 115].groupby("restart")["objective"].mean()
+    assert fit.restart == tail.idxmax() != 0
+    starts = history[history["step"] == 0]["objective"]
+    assert starts.nunique() == 3
+    assert fit.log_evidence > one.log_evidence + 20

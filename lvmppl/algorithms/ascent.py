@@ -48,6 +48,12 @@ class Trajectory:
             }
         )
 
+    def tail_mean(self) -> float:
+        """The mean objective of the tail's steps: what restarts are compared by where each step's is an estimate."""
+        tail = self.rows[int((1 - TAIL) * len(self.rows)) :]
+        finite = [r["objective"] for r in tail if math.isfinite(r["objective"])]
+        return math.fsum(finite) / len(finite) if finite else -math.inf
+
 
 class Stopping:
     """Relative change of the objective, strictly below the tolerance; 0 never stops."""

@@ -11,7 +11,7 @@ import math
 
 from torch import Tensor
 
-from lvmppl.algorithms.ascent import TAIL, Trajectory, rate_factor
+from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
 from lvmppl.algorithms.early import Watch, check_line_search
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.points import objective_kind
@@ -30,30 +30,33 @@ def infer(problem: Problem, options: SVIOptions) -> Fit:
     """Maximise the ELBO over θ and λ jointly, on minibatches if `batch_size` says so."""
     assert problem.guided is not None
     with unvalidated():
-        problem.progress.start(problem.name, 0, options.max_steps)
-        trajectory = ascend(problem, options)
-        problem.progress.finish(trajectory.status)
-    return finish(problem, options, [trajectory], trajectory)
+        done = run_restarts(
+            problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r)
+        )
+    return finish(problem, options, done, best_of(done))
 
 
-def ascend(problem: Problem, options: SVIOptions) -> Trajectory:
-    """The steps of one fit."""
-    return _Ascent(problem, options).run()
+def ascend(problem: Problem, options: SVIOptions, restart: int = 0) -> Trajectory:
+    """The steps of one restart."""
+    return _Ascent(problem, options, restart).run()
 
 
 class _Ascent:
     """One run: the stepper, what watches it, and what undoes its failures."""
 
-    def __init__(self, problem: Problem, options: SVIOptions) -> None:
+    def __init__(self, problem: Problem, options: SVIOptions, restart: int) -> None:
         assert problem.guided is not None
         self.problem, self.options, self.joint = problem, options, problem.guided
-        self.trajectory, self.seeds = Trajectory(0, objective_kind(problem)), StepSeeds(problem, 0)
+        self.trajectory, self.seeds = (
+            Trajectory(restart, objective_kind(problem)),
+            StepSeeds(problem, restart),
+        )
         self.watch = Watch(problem, options)
-        self.batches = Batches(problem, options.batch_size, 0, self.watch.training)
+        self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
         small = self.batches.size is not None
         self.noisy = small or draws(problem)
         check_line_search(problem, options, self.noisy)
-        self.start = start_values(problem, options.init, 0, 1)
+        self.start = start_values(problem, options.init, restart, options.restarts)
         if self.batches.size is not None:
             check_row_indices(problem, self.batches.size, self.start)
         names = (*problem.free_theta, *problem.free_lambda)
@@ -136,8 +139,7 @@ class _Ascent:
         if self.noisy:
             found = self.watch.best_values
             trajectory.values = self.stepper.averaged_values() if found is None else found
-            finite = [r["objective"] for r in trajectory.rows if math.isfinite(r["objective"])]
-            trajectory.objective = finite[-1] if finite else -math.inf
+            trajectory.objective = trajectory.tail_mean()
         trajectory.values = trajectory.values or dict(self.start)
         return trajectory
 

@@ -167,8 +167,7 @@ def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajector
     if state.noisy:
         found = state.watch.best_values
         trajectory.values = state.averaged_values() if found is None else found
-        finite = [r["objective"] for r in trajectory.rows if math.isfinite(r["objective"])]
-        trajectory.objective = finite[-1] if finite else -math.inf
+        trajectory.objective = trajectory.tail_mean()
     trajectory.values = trajectory.values or dict(state.start)
     return trajectory
 
