@@ -1,0 +1,84 @@
+"""A step of svi on a table with a row per datum: its time and memory against the number of rows.
+
+x⁽ⁿ⁾ ~ Normal(z⁽ⁿ⁾, ½), z⁽ⁿ⁾ ~ Normal(θ, 1), q(z⁽ⁿ⁾) = Normal(loc⁽ⁿ⁾, scale⁽ⁿ⁾): two tables of N rows, batches of 1000.
+What is kept (data, tables, moments, tail average) grows with N; what a step takes must not. Each N runs in a process of
+its own. Prints a row for each N: milliseconds a step (median of 200), resident memory before the steps, and by how much
+their peak exceeded it (Linux only: the kernel's high-water mark is reset in between).
+Run: python benchmarks/table_rows.py [N ...]
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from lvmppl.algorithms.problem import build_problem
+from lvmppl.algorithms.svi import _Ascent
+from lvmppl.density import isolated, unvalidated
+from lvmppl.options import SVIOptions
+
+SIZES = (10_000, 100_000, 1_000_000)
+BATCH, STEPS = 1000, 200
+
+
+def model(x: Tensor) -> None:
+    mean = pyro.param("mean", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mean, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
+
+
+def guide(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
+        scale = pyro.param("scale", torch.ones(len(x)), constraint=constraints.positive, event_dim=0)
+        pyro.sample("z", dist.Normal(loc, scale))
+
+
+def resident(field: str) -> float:
+    """Resident memory of this process in MiB: `VmRSS` now, `VmHWM` at its highest since the mark was reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+
+
+def measure(count: int) -> str:
+    """One line of the table."""
+    with isolated(0, torch.float64), unvalidated():
+        x = 1.0 + torch.randn(count)
+        problem = build_problem("a", model, {"x": x}, guide=guide)
+        ascent = _Ascent(problem, SVIOptions(batch_size=BATCH, max_steps=10 * STEPS))
+        ascent.stepper.average.begin(ascent.stepper.leaves)
+        for step in range(20):
+            ascent._step(step, ascent.batches.next())
+        Path("/proc/self/clear_refs").write_text("5")
+        before, seconds = resident("VmRSS"), []
+        for step in range(20, 20 + STEPS):
+            begin = time.perf_counter()
+            ascent._step(step, ascent.batches.next())
+            seconds.append(time.perf_counter() - begin)
+        added = resident("VmHWM") - before
+    return f"{count:>9,}  {1000 * statistics.median(seconds):8.2f}  {before:14.1f}  {added:15.1f}"
+
+
+def main() -> None:
+    sizes = [int(a.replace("_", "")) for a in sys.argv[1:]] or SIZES
+    print("     rows   ms/step  resident (MiB)  steps add (MiB)")
+    for size in sizes:
+        code = f"import table_rows; print(table_rows.measure({size}))"
+        line = subprocess.run(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        print(line.stdout.rstrip() or line.stderr)
+
+
+if __name__ == "__main__":
+    main()
