@@ -153,7 +153,8 @@ def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: in
     curve.
     """
     if not _is_noisy(values):
-        label = f"{name}, best of {restarts}" if restarts > 1 else name
+        several = "first of {} chains" if name == "log joint" else "best of {}"
+        label = f"{name}, {several.format(restarts)}" if restarts > 1 else name
         marker = "o" if len(values) < 15 else ""
         axes.plot(steps, values, color=BLUE, lw=2.2, marker=marker, ms=3.5, zorder=3, label=label)
         return values

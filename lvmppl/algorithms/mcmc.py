@@ -27,6 +27,7 @@ from torch.distributions import Transform, biject_to
 from lvmppl.algorithms.ascent import Trajectory
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.reported import placed_plates
 from lvmppl.algorithms.stepper import StepSeeds
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.density import Evaluation, SiteInfo, Values, unvalidated
@@ -246,7 +247,7 @@ def _collect(density: LogDensity, chains: Sequence[_Chain]) -> SampledPosterior:
         n: torch.stack([c.points[n] for c in chains]) for n in density.transforms
     }  # [C, S, *batch, *event]
     structure = density.problem.model.structure
-    plates = {s.name: _ordered(s, structure.data_plate) for s in density.sites}
+    plates = {s.name: placed_plates(density.problem, s.name) for s in density.sites}
     draws = {
         s.name: _as_plates(points[s.name], s, plates[s.name], structure.plate_axes) for s in density.sites
     }
@@ -257,11 +258,6 @@ def _collect(density: LogDensity, chains: Sequence[_Chain]) -> SampledPosterior:
     return SampledPosterior(
         draws, probabilities, plates, structure.data_plate, sum(c.divergences for c in chains)
     )
-
-
-def _ordered(site: SiteInfo, data_plate: str | None) -> tuple[str, ...]:
-    """The plates of a site, the data plate first."""
-    return tuple(sorted(site.plates, key=lambda plate: plate != data_plate))
 
 
 def _as_plates(point: Tensor, site: SiteInfo, plates: Sequence[str], axes: Mapping[str, int]) -> Tensor:
