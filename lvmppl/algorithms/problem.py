@@ -6,11 +6,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.density import (
     Joint,
+    ParameterSpec,
     Program,
     Rows,
     SiteInfo,
@@ -161,15 +163,10 @@ def build_problem(
         guided = kind(program, structure, guide_program, guide_structure)
         for key, spec in guide_structure.parameters.items():
             initial.setdefault(key, spec.initial)
+    specs = {**(guided.specs if guided else {}), **structure.parameters}
     for key, value in (start or {}).items():
-        if key in initial and initial[key].shape == value.shape:
-            initial[key] = value.detach().clone()
-        elif key in structure.parameters:
-            raise InputError(
-                f"start of parameter '{key}'",
-                f"shape {tuple(initial[key].shape)}",
-                f"shape {tuple(value.shape)}",
-            )
+        if key in structure.parameters or (key in initial and initial[key].shape == value.shape):
+            initial[key] = _checked_start(specs[key], value)
     unknown = [n for n in frozen if n not in initial]
     if unknown:
         raise InputError(
@@ -188,6 +185,32 @@ def build_problem(
         progress if progress else Silent(),
         rebuild,
     )
+
+
+def _checked_start(spec: ParameterSpec, value: Any) -> Tensor:
+    """A value handed in for a parameter; a floating tensor or array keeps its dtype."""
+    where = f"value of parameter '{spec.name}'"
+    try:
+        start = torch.as_tensor(value).detach().clone().to(spec.initial.device)
+        start = start if hasattr(value, "dtype") and start.is_floating_point() else start.to(spec.initial)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(where, "a tensor or an array of numbers", type(value).__name__) from error
+    if start.shape != spec.initial.shape:
+        fix = (
+            "its table has a row per datum of the data handed in"
+            if spec.is_table
+            else "mind the model's args"
+        )
+        raise InputError(where, f"shape {tuple(spec.initial.shape)}", f"shape {tuple(start.shape)}", fix)
+    if start.is_floating_point() and not bool(torch.isfinite(start).all()):
+        raise InputError(
+            where, "finite numbers", "NaN or infinity", "a fit that diverged has none to hand on"
+        )
+    if not bool(spec.constraint.check(start).all()):
+        span = f"values from {float(start.min()):.6g} to {float(start.max()):.6g}"
+        fix = "hand in constrained values, as `fit.parameters` holds them"
+        raise InputError(where, f"values within its constraint, {spec.constraint}", span, fix)
+    return start
 
 
 def _check_observed(structure: Structure) -> None:

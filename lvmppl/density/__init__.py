@@ -16,6 +16,7 @@ from __future__ import annotations
 from lvmppl.density.autoguides import build_guide, is_autoguide, spans_rows
 from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
+from lvmppl.density.enumeration import MAX_TABLE
 from lvmppl.density.factors import gaussian_chain_parts
 from lvmppl.density.handlers import EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
@@ -37,6 +38,7 @@ from lvmppl.density.structure import (
 )
 
 __all__ = [
+    "MAX_TABLE",
     "POINTS",
     "Coordinates",
     "EnumeratedChain",

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
+from lvmppl.density.enumeration import Enumeration, TableLimit
 from lvmppl.density.handlers import Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
+from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError, ModelError
 
 _START_DRAWS = 15  # as in Pyro's init_to_median
@@ -64,9 +66,10 @@ def discover(
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = Discovery(weights)
-    enumeration = poutine.enum(first_available_dim=-1 - _SPARE_NESTING)
+    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING)
+    limit = TableLimit(enumeration, -1 - _SPARE_NESTING)
     finite = EnumerateFinite() if program.role == "guide" else nullcontext()
-    with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite:
+    with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite, limit:
         program(data, weights)
     sites, sizes, axes = _read_sites(tracer.trace)
     plate = (
@@ -204,6 +207,7 @@ def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[s
             bool(fn.has_rsample),
             bool(site["infer"].get("is_auxiliary")),
             fn.support,
+            bool(getattr(fn, "has_enumerate_support", False)) or isinstance(fn, MarkovChain),
         )
     return sites, sizes, axes
 

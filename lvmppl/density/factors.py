@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from lvmppl.bilinear import log_density
 from lvmppl.density.discovery import family_name, is_sample
+from lvmppl.density.enumeration import check_table
 from lvmppl.density.handlers import EnumeratedChain
 from lvmppl.density.structure import (
     Evaluation,
@@ -24,7 +27,7 @@ from lvmppl.density.structure import (
     time_axis,
 )
 from lvmppl.distributions import GaussianChain
-from lvmppl.errors import ModelError
+from lvmppl.errors import InputError, ModelError
 
 
 def build_evaluation(
@@ -155,16 +158,61 @@ def _factors(
             factor(key, *_name_axes(_masked(log_density(fn, value), site), axis_names, name))
             for key, fn, value in parts
         ]
+    _check_size(name, site, axis_names, variables)
+    with _naming(name, site):
+        return [factor(name, *_site_density(name, site, axis_names, variables))]
+
+
+def _site_density(
+    name: str, site: Any, axis_names: Mapping[int, str], variables: Mapping[str, Variable]
+) -> tuple[Tensor, tuple[str, ...]]:
+    """log p(value), its steps kept apart where it depends on a chain step by step."""
     steps = _chain_steps(variables, axis_names)
-    stepwise = _by_step(site["fn"], site["value"]) if steps and observed else None
+    stepwise = _by_step(site["fn"], site["value"]) if steps and site["is_observed"] else None
     if stepwise is not None and stepwise.shape[-1] in steps:
         tensor, dims = _name_axes(
             _masked(stepwise, site, trailing=1), axis_names, name, (time_axis(stepwise.shape[-1]),)
         )
         if any(variables[d].steps for d in dims if d in variables):
-            return [factor(name, tensor, dims)]
+            return tensor, dims
     log_prob = _masked(log_density(site["fn"], site["value"]), site)
-    return [factor(name, *_name_axes(log_prob, axis_names, name))]
+    return _name_axes(log_prob, axis_names, name)
+
+
+def _check_size(
+    name: str, site: Any, axis_names: Mapping[int, str], variables: Mapping[str, Variable]
+) -> None:
+    fn, value = site["fn"], site["value"]
+    batch = value.shape[: value.dim() - fn.event_dim]
+    sizes: dict[int, int] = {}
+    for shape in (fn.batch_shape, batch):
+        for i, size in enumerate(reversed(shape), 1):
+            sizes[-i] = max(size, sizes.get(-i, 1))
+    own = {axis_names[a]: s for a, s in sizes.items() if s > 1 and axis_names.get(a) in variables}
+    check_table(name, _plates_of(site), own, prod(sizes.values()))
+
+
+def _plates_of(site: Any) -> str:
+    return ", ".join(f.name for f in site["cond_indep_stack"] if f.vectorized)
+
+
+@contextmanager
+def _naming(name: str, site: Any) -> Iterator[None]:
+    """A distribution that cannot score its value is the user's mistake: most often an axis that no plate declares."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, RuntimeError, IndexError) as error:
+        fn, plates = site["fn"], _plates_of(site)
+        detail = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"site '{name}'{f' in plate {plates}' if plates else ''}",
+            "a value that its distribution can score, and batch axes that all belong to plates",
+            f"value shape {tuple(site['value'].shape)}, batch shape {tuple(fn.batch_shape)}, "
+            f"event shape {tuple(fn.event_shape)} ({type(error).__name__}: {detail})",
+            "declare every batch axis with pyro.plate, or make it part of the event with .to_event(1)",
+        ) from error
 
 
 def _chain_steps(variables: Mapping[str, Variable], axis_names: Mapping[int, str]) -> frozenset[int]:

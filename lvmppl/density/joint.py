@@ -10,6 +10,7 @@ import torch
 from pyro import poutine
 
 from lvmppl.density.discovery import check_plates, num_rows
+from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.factors import build_evaluation, build_views
 from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, LeaveToGuide, Parameters
 from lvmppl.density.programs import Program, swapped_modules
@@ -38,7 +39,7 @@ class Joint:
 
     @contextmanager
     def _enumeration(self) -> Iterator[None]:
-        with poutine.enum(first_available_dim=self.first_available_dim), EnumerateChains():
+        with Enumeration(first_available_dim=self.first_available_dim), EnumerateChains():
             yield
 
     @contextmanager

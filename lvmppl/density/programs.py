@@ -85,8 +85,17 @@ def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -
         f"{role} '{name}' at {place}",
         f"a {role} that runs on these data",
         f"{type(error).__name__}: {detail[:600]}",
-        f"mend the {role} there (`lvmppl check` runs it once without fitting)",
+        next((fix for part, fix in _FIXES.items() if part in detail), None)
+        or f"mend the {role} there (`lvmppl check` runs it once without fitting)",
     )
+
+
+# by a part of Pyro's own message
+_FIXES = {
+    "collide at dim": "give every plate an axis of its own, the outer ones further left: pyro.plate(…, dim=-2)",
+    "Shape mismatch inside plate": "give the site the plate's size at the plate's dim, or make that axis part of the event"
+    " with .to_event(1)",
+}
 
 
 @contextmanager

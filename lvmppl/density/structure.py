@@ -140,6 +140,7 @@ class SiteInfo:
     reparameterised: bool
     auxiliary: bool = False  # a guide's own variable, which the model knows nothing of
     support: Any = None
+    finite: bool = False  # its states can be listed
 
 
 @dataclass(frozen=True)

@@ -69,12 +69,19 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     structure = joint.structure
     plate = structure.data_plate
     latents = [s for s in structure.sites.values() if s.kind == "latent"]
+    unmarked = [s for s in latents if s.finite]
+    if unmarked:
+        raise _intractable(
+            unmarked,
+            "discrete sites that are not marked for enumeration in parallel",
+            f"write infer={{'enumerate': 'parallel'}} in pyro.sample('{unmarked[0].name}', …)",
+        )
     stuck = [s for s in latents if s.discrete]
     if stuck:
         raise _intractable(
             stuck,
-            "discrete sites that cannot be enumerated",
-            "mark finite ones infer={'enumerate': 'parallel'}, truncate others to a Categorical, or use vem or svi",
+            "discrete sites whose states cannot be listed",
+            "truncate an unbounded one to a Categorical, declare entries by pyro.plate instead of .to_event, or use svi",
         )
     for factor in evaluation.factors:
         if isinstance(factor.scale, Tensor) or factor.scale != 1.0:

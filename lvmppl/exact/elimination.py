@@ -17,13 +17,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lvmppl.density import Factor, Variable
+from lvmppl.density import MAX_TABLE, Factor, Variable
 from lvmppl.errors import IntractableError
 from lvmppl.exact.chains import has_chains, sum_out
 from lvmppl.exact.named import Named, add, align, log_sum_exp, sizes_of, union
 from lvmppl.exact.scales import common_scale, divide, scale_of, times
 
-MAX_CLIQUE = 2**27  # entries of the largest table that elimination may build (1 GiB in float64)
+MAX_CLIQUE = MAX_TABLE  # entries of the largest table that elimination may build
 
 
 class Term(NamedTuple):

@@ -1,0 +1,144 @@
+"""Parallel enumeration as Pyro does it, with its limits in words: which site, how large, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvmppl.errors import IntractableError, ModelError
+
+MAX_TABLE = 2**27  # entries of the largest table over enumerated sites (1 GiB in float64)
+_MAX_AXES, _SPARE_AXES = 64, 2  # of a torch tensor, and those of them that are left to events
+_ROWS = 8192  # more entries than these to the right of the enumerated axes are data, worked through in pieces
+_FIX = (
+    "use fewer states, order the sites as a chain (pyro.markov, MarkovChain), or leave them to a guide (svi)"
+)
+
+
+class Enumeration(EnumMessenger):
+    """`poutine.enum` whose failures name the site. axes: who took each axis last (site and size), and its plates."""
+
+    def __init__(self, first_available_dim: int | None = None) -> None:
+        super().__init__(first_available_dim)
+        self.axes: dict[int, tuple[str, tuple[str, ...]]] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        wanted = not (msg["is_observed"] or msg["done"]) and msg["infer"].get("enumerate") == "parallel"
+        if not wanted:
+            super()._pyro_sample(msg)
+            return
+        _check_finite(msg)
+        try:
+            super()._pyro_sample(msg)
+        except RuntimeError as error:
+            if str(_MAX_AXES) not in str(error):
+                raise
+            raise self._too_many(msg) from error
+        axis, value, event = msg["infer"]["_enumerate_dim"], msg["value"], msg["fn"].event_dim
+        if value.dim() > _MAX_AXES - _SPARE_AXES:
+            raise self._too_many(msg)
+        size = value.shape[axis - event] if value.dim() >= event - axis else 1
+        self.axes[axis] = (f"{msg['name']} ({size})", _plates(msg))
+
+    def _too_many(self, msg: Any) -> ModelError:
+        return ModelError(
+            f"site '{msg['name']}'{_within(msg)}",
+            f"few enough enumerated sites in scope for a tensor's {_MAX_AXES} axes, one each",
+            f"{len(self.axes) + 1} of them, the first being {next(iter(self.axes.values()))[0]}",
+            "loop with pyro.markov so that axes are used again, or make independent sites one site in a pyro.plate",
+        )
+
+    def table_over(self, shape: torch.Size) -> str:
+        """The sites whose axes a shape has, their sizes and plates."""
+        own = [self.axes[a] for a in sorted(self.axes, reverse=True) if a >= -len(shape) and shape[a] > 1]
+        plates = dict.fromkeys(p for _, names in own for p in names)
+        return _listed([name for name, _ in own]) + (f" in plate {', '.join(plates)}" if plates else "")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{shown}, … ({len(names)} sites)" if len(names) > 8 else shown
+
+
+def _plates(msg: Any) -> tuple[str, ...]:
+    return tuple(f.name for f in msg["cond_indep_stack"] if f.vectorized)
+
+
+def _within(msg: Any) -> str:
+    plates = ", ".join(_plates(msg))
+    return f" in plate {plates}" if plates else ""
+
+
+def _check_finite(msg: Any) -> None:
+    fn = msg["fn"]
+    if getattr(fn, "has_enumerate_support", False):
+        return
+    base = fn
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    entries = (
+        base is not fn and getattr(base, "has_enumerate_support", False) and fn.event_dim > base.event_dim
+    )
+    family = f"{type(base).__name__}{f'.to_event({fn.event_dim})' if entries else ''}"
+    raise ModelError(
+        f"site '{msg['name']}'{_within(msg)}, infer={{'enumerate': 'parallel'}}",
+        "a distribution whose states can be listed",
+        family,
+        "declare its entries with pyro.plate instead of .to_event, so that each is a site of few states"
+        if entries
+        else "truncate it to a Categorical over the states that matter, or leave the site to a guide (svi)",
+    )
+
+
+class TableLimit(TorchDispatchMode):
+    """Refuses, before it is computed, any tensor over enumerated axes that elimination could not hold either.
+
+    first_axis: the right-most enumeration axis. What stands right of it counts up to the size of one piece of the data.
+    """
+
+    def __init__(self, enumeration: Enumeration, first_axis: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.enumeration, self.first_axis = enumeration, first_axis
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.index.Tensor:
+            self._check([index for index in args[1] if index is not None])
+        elif torch.Tag.pointwise in func.tags or func is torch.ops.aten.clone.default:
+            self._check([a for a in args if isinstance(a, Tensor)])
+        return func(*args, **(kwargs or {}))
+
+    def _check(self, tensors: list[Tensor]) -> None:
+        rank = max((t.dim() for t in tensors), default=0)
+        if rank < -self.first_axis:
+            return
+        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        states, rest = prod(shape[: rank + self.first_axis + 1]), prod(shape[rank + self.first_axis + 1 :])
+        entries = states * min(rest, _ROWS)
+        if states > 1 and entries > MAX_TABLE:
+            raise IntractableError(
+                f"enumerated sites {self.enumeration.table_over(shape)}",
+                f"a table of at most {MAX_TABLE:,} entries",
+                f"{entries:,} (and perhaps more) where they meet in one expression of the model, in any order",
+                _FIX,
+            )
+
+
+def check_table(site: str, plates: str, sizes: dict[str, int], entries: int) -> None:
+    """A site's log-density over enumerated sites must fit a table.
+
+    sizes: by enumerated site.
+    """
+    if sizes and entries > MAX_TABLE:
+        coupled = _listed([f"{name} ({size})" for name, size in sizes.items()])
+        raise IntractableError(
+            f"site '{site}'{f' in plate {plates}' if plates else ''}",
+            f"a log-density of at most {MAX_TABLE:,} entries",
+            f"{entries:,} over the enumerated sites {coupled}, in any order of elimination",
+            _FIX,
+        )
