@@ -162,6 +162,44 @@ def check_arguments(
         raise InputErrors(problems)
 
 
+def check_tensors(
+    function: Callable[..., Any], use: str, args: Collection[str], names: Collection[str], where: str
+) -> None:
+    """Check that a model takes every tensor of the data: a function's own parameters, or those of a class's call.
+
+    use, args: what the model is called, and the names of its arguments. names: the tensors.
+
+    Raises InputErrors, a line for each tensor, at `where.<name>`.
+    """
+    call: Any = function
+    if isinstance(function, type):
+        call = getattr(function, "forward", None) or function.__call__
+    try:
+        parameters = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):
+        return
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if isinstance(function, type):
+        named, args = named[1:], ()  # without self; a class has had its arguments when it is called
+    taken = [p.name for p in named if p.name not in args]
+    tensors = [p.name for p in named if p.name in taken and (p.name in names or p.default is p.empty)]
+    open_names = [n for n in taken if n not in names]
+    problems = [
+        InputError(
+            f"{where}.{name}",
+            f"a tensor that {use} takes ({listed(tensors) or 'it takes none'})",
+            shown(name),
+            nearest(name, open_names) or "remove it, or call it as the model does",
+        )
+        for name in names
+        if name not in taken
+    ]
+    if problems:
+        raise InputErrors(problems)
+
+
 def _wrong_values(
     function: Callable[..., Any], args: Mapping[str, Any], defaults: Mapping[str, Any], where: str
 ) -> list[InputError]:
@@ -197,7 +235,7 @@ def _import(name: str, where: str) -> types.ModuleType:
                 where, "a module that can be imported", f"no module named {error.name}", fix
             ) from None
         raise _broken(error, None, where, name) from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise _broken(error, None, where, name) from error
 
 

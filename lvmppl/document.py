@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from lvmppl.errors import InputError
-from lvmppl.options import Loc, shown
+from lvmppl.options import InputErrors, Loc, shown
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|[-+]?\.[0-9_]+[eE][-+]?[0-9]+$")
 
@@ -57,6 +59,24 @@ class Document:
             if created:
                 return f"--set {created[-1]}: {dotted}"
         return f"{self.source}: {dotted}".removesuffix(": ")
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Within the block, an error whose `where` opens with a dotted field of the document says where that stands."""
+        try:
+            yield
+        except InputErrors as error:
+            raise InputErrors([self._locate(problem) for problem in error.problems]) from error
+        except InputError as error:
+            raise self._locate(error) from error
+
+    def _locate(self, error: InputError) -> InputError:
+        field, _, rest = error.where.partition(": ")
+        loc: Loc = tuple(field.split("."))
+        if not isinstance(self.value, dict) or loc[0] not in self.value:
+            return error
+        where = ": ".join(filter(None, (self.place(loc), rest)))
+        return type(error)(where, error.expected, error.got, error.fix)
 
     def override(self, text: str) -> Document:
         """The document with one `dotted.key=value`; a mapping on the way is created where nothing stands."""

@@ -327,9 +327,9 @@ def _model_at(kind: type[BaseModel], loc: Loc) -> type[BaseModel]:
     return kind
 
 
-def nearest(name: object, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
     """`did you mean '…'?` for the known name that is most alike, or nothing."""
-    alike = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    alike = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=cutoff)
     return f"did you mean '{alike[0]}'?" if alike else ""
 
 

@@ -25,6 +25,7 @@ from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.mcmc import add_reference, joined, require_continuous, with_draws
 from lvmppl.algorithms.problem import LIFTING, Problem, Progress, Silent, build_problem
+from lvmppl.algorithms.trial import try_start
 from lvmppl.compare import gaps, total_gap
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
 from lvmppl.density import derive_seed, isolated
@@ -33,7 +34,7 @@ from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
 from lvmppl.options import MCMCOptions, Options
 from lvmppl.sampled_posterior import MIN_DRAWS
-from lvmppl.spec import Experiment, load_experiment, to_yaml
+from lvmppl.spec import Experiment, open_experiment, to_yaml
 
 SMOKE_STEPS = 3
 LARGE_PARAMETER = 10_000  # entries beyond which a tensor goes to parameters.safetensors
@@ -92,13 +93,14 @@ def run(
         InputError: the experiment, its data, model or guides are wrong; nothing has been written.
         Interrupted: Ctrl-C; the fits that had finished are written.
     """
-    loaded, base = load_experiment(experiment, overrides)
+    loaded, base, document = open_experiment(experiment, overrides)
     directory = Path(out) if out is not None else Path("runs") / loaded.name
     _check_directory(directory)
     with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
-        plan = _prepare(loaded, base, smoke)
-        order = _order(plan.options)
-        _build_all(plan, order)
+        with document.located():
+            plan = _prepare(loaded, base, smoke)
+            order = _order(plan.options)
+            _build_all(plan, order)
         fits, failures, interrupted = _run_fits(plan, order, progress or Silent())
         result = _collect(plan, fits, failures, directory)
     _write(plan, result, interrupted)
@@ -118,11 +120,11 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
     Raises:
         InputError: the first thing found wrong.
     """
-    loaded, base = load_experiment(experiment, overrides)
+    loaded, base, document = open_experiment(experiment, overrides)
     lines: list[tuple[str, bool, str]] = [
         ("experiment", True, f"'{loaded.name}': {len(loaded.fits)} fits, {loaded.dtype}")
     ]
-    with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
+    with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)), document.located():
         plan = _prepare(loaded, base, smoke=True)
         shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in plan.dataset.tensors.items())
         lines.append(("data", True, f"{loaded.data.source}: {shapes}"))
@@ -202,8 +204,9 @@ def _prepare(experiment: Experiment, base: Path, smoke: bool) -> _Plan:
     dataset = data.load(experiment.data, base, dtype, derive_seed(experiment.seed, "split") % 2**32)
     spec = experiment.model
     function = catalogue.resolve(spec.use, "model.use", base, "model")
+    catalogue.check_tensors(function, spec.use, spec.args, tuple(dataset.tensors), "data.columns")
     catalogue.check_arguments(function, spec.args, tuple(dataset.tensors), "model.args")
-    model = _bind(lambda: bind_model(function, spec.args), f"model '{spec.use}'")
+    model = _bind(lambda: bind_model(function, spec.args), "model")
     options = {
         n: o.model_copy(update=_cut(o, SMOKE_STEPS)) if smoke else o for n, o in experiment.fits.items()
     }
@@ -221,7 +224,7 @@ def _bind(build: Callable[[], Callable[..., Any]], where: str) -> Callable[..., 
         return build()
     except InputError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(
             where, "a class that can be built from args", f"{type(error).__name__}: {error}"
         ) from error
@@ -289,12 +292,19 @@ def _order(options: Mapping[str, Options]) -> list[str]:
 
 
 def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
-    """Build every problem once before any fit runs: what is wrong with a model or guide is the user's to know now."""
+    """Build and evaluate every problem once before any fit runs: what is wrong with it is the user's to know now."""
     problems = {}
+    try:
+        plate = plan.experiment.model.data_plate
+        try_start(build_problem("model", plan.model, plan.dataset.tensors, data_plate=plate))
+    except InputError as error:
+        raise _within("model", error) from error
     for name in order:
         where = f"fits.{name}"
         try:
             problems[name] = plan.builders[name]({}, Silent())
+            if problems[name].guided is not None:
+                try_start(problems[name])
             algorithm = plan.options[name].algorithm
             if algorithm in ("em", "enumeration"):
                 require_exact(problems[name], algorithm)
@@ -323,10 +333,11 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
 
 
 def _within(where: str, error: InputError) -> InputError:
-    """The same message, saying which fit it was."""
-    if error.where.startswith(where):
+    """The same message, saying in which part of the experiment: `where.field` of a field, else `where: what`."""
+    if error.where.startswith((f"{where}.", f"{where}:")):
         return error
-    return type(error)(f"{where}: {error.where}", error.expected, error.got, error.fix)
+    mark = "." if error.where.isidentifier() else ": "
+    return type(error)(f"{where}{mark}{error.where}", error.expected, error.got, error.fix)
 
 
 # ---------------------------------------------------------------------------------------------------- fitting

@@ -28,6 +28,7 @@ from lvmppl.options import (
     Options,
     VariationalOptions,
     explain,
+    listed,
     nearest,
     shown,
     unknown_algorithm,
@@ -101,11 +102,19 @@ def load_experiment(path_or_name: str | Path, overrides: Sequence[str] = ()) -> 
     overrides: `dotted.key=value`, the value in YAML.
     Raises InputErrors with everything that is wrong.
     """
+    experiment, base, _ = open_experiment(path_or_name, overrides)
+    return experiment, base
+
+
+def open_experiment(
+    path_or_name: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Experiment, Path, Document]:
+    """The same with the document itself, which knows the line of every field."""
     path = find_experiment(path_or_name)
     document = read_document(_read(path), str(path))
     for override in overrides:
         document = document.override(override)
-    return _build(document, path.stem), path.resolve().parent
+    return _build(document, path.stem), path.resolve().parent, document
 
 
 def shipped_experiments() -> dict[str, Path]:
@@ -178,6 +187,11 @@ def _fit(name: Any, given: Any, raw: Mapping[Any, Any], place: Callable[[Loc], s
     if not isinstance(given, dict):
         raise InputErrors([InputError(place(loc), "a mapping", shown(given), "write {algorithm: em}")])
     algorithm = given.get("algorithm")
+    others = [str(other) for other in raw if other != name]
+    alike = nearest(name, others, cutoff=0.7) if algorithm is None else ""
+    if alike:  # more likely a slip in the name of a fit, as in `--set fits.emm.restarts=3`, than a new one
+        known = f"a fit of the file ({listed(others)}), or a new one with an algorithm"
+        raise InputErrors([InputError(place(loc), known, shown(name), alike)])
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise InputErrors([unknown_algorithm(algorithm, place((*loc, "algorithm")))])
     kind = ALGORITHMS[algorithm]

@@ -69,6 +69,10 @@ def wrong_shape(x):
         z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer=ENUMERATE)
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
 
+def uncomputable(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Categorical(torch.ones(2)).expand([2]).to_event(1), obs=(x + 7).long())
+
 def twice(x):
     mixture(x)
     mixture(x)
@@ -100,10 +104,35 @@ def stranger_guide(x):
 def raising_guide(x):
     raise RuntimeError("the guide's own words")
 
+def other_states_guide(x, k: int):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Categorical(torch.ones(k)))
+
+def other_family_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+def real_guide(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(0.0, 1.0).expand([4]).to_event(1))
+
+def built_guide(model):
+    raise RuntimeError("the factory's own words")
+
+def leaves(x):
+    raise SystemExit(3)
+
+class Leaves:
+    def __init__(self):
+        raise SystemExit(3)
+
 class Width(torch.nn.Module):
     def __init__(self, width: int):
         super().__init__()
         raise ValueError("the class's own words")
+
+    def forward(self, x):
+        mixture(x)
 """
 
 
@@ -323,10 +352,10 @@ def own(function: str, args: str = "", base: str = EXPERIMENT) -> str:
     return base.replace(given, f"'own.py:{function}', args: {{{args}}}")
 
 
-def guided(guide: str, base: str = VARIATIONAL) -> str:
+def guided(guide: str, base: str = VARIATIONAL, args: str = "") -> str:
     """The variational experiment with another guide."""
     assert "{use: categorical}" in base
-    return base.replace("{use: categorical}", f"{{use: '{guide}'}}")
+    return base.replace("{use: categorical}", f"{{use: '{guide}', args: {{{args}}}}}")
 
 
 WRONG: dict[str, Wrong] = {
@@ -365,127 +394,212 @@ WRONG: dict[str, Wrong] = {
     "wrong override": Wrong(
         "--set fits.em.max_steps=x: .*", arguments=("small.yaml", "--set", "fits.em.max_steps=x")
     ),
+    "override of a fit that is not there": Wrong(
+        "--set fits.emm.restarts=3: fits.emm: expected a fit of the file .em., or a new one with an algorithm, "
+        "got 'emm'; did you mean 'em'.",
+        arguments=("small.yaml", "--set", "fits.emm.restarts=3"),
+    ),
+    "override of an argument": Wrong(
+        "small.yaml:3: model: .*got .*13; .*",
+        arguments=("small.yaml", "--set", "model.args.num_components=13"),
+    ),
     "override through text": Wrong(
         "--set name.x=1: expected a mapping at name, .*", arguments=("small.yaml", "--set", "name.x=1")
     ),
     # the model and the guide by name
     "unknown model": Wrong(
-        "model.use: .*; did you mean 'gaussian_mixture'.*", ("gaussian_mixture", "gauss_mixture")
+        "small.yaml:3: model.use: .*; did you mean 'gaussian_mixture'.*",
+        ("gaussian_mixture", "gauss_mixture"),
     ),
-    "guide as a model": Wrong("model.use: .*'categorical' is a guide", ("gaussian_mixture", "categorical")),
-    "unknown guide": Wrong("fits.em.guide.use: .*; did you mean 'categorical'.*", base=guided("categorial")),
+    "guide as a model": Wrong(
+        "small.yaml:3: model.use: .*'categorical' is a guide", ("gaussian_mixture", "categorical")
+    ),
+    "unknown guide": Wrong(
+        "small.yaml:5: fits.em.guide.use: .*; did you mean 'categorical'.*", base=guided("categorial")
+    ),
     "no model file": Wrong(
-        "model.use: expected a Python file, got .*nope.py .*", base=own("f").replace("own.py", "nope.py")
+        "small.yaml:3: model.use: expected a Python file, got .*nope.py .*",
+        base=own("f").replace("own.py", "nope.py"),
     ),
     "no such function": Wrong(
-        "model.use: .* in own.py, got 'mixtur'; did you mean 'mixture'.*", base=own("mixtur")
+        "small.yaml:3: model.use: .* in own.py, got 'mixtur'; did you mean 'mixture'.*", base=own("mixtur")
     ),
     "file that does not import": Wrong(
-        r"model.use: expected bad.py to import .*ModuleNotFoundError: .*bad.py:2\).*",
+        r"small.yaml:3: model.use: expected bad.py to import .*ModuleNotFoundError: .*bad.py:2\).*",
         base=own("f").replace("own.py", "bad.py"),
         files={"bad.py": "\nimport nowhere_at_all\n"},
     ),
     "file with a syntax error": Wrong(
-        r"model.use: .*SyntaxError: .*bad.py:1\).*",
+        r"small.yaml:3: model.use: .*SyntaxError: .*bad.py:1\).*",
         base=own("f").replace("own.py", "bad.py"),
         files={"bad.py": "def f(:\n"},
     ),
     "no such package": Wrong(
-        "model.use: .*no module named nowhere; .*", ("gaussian_mixture", "'nowhere.models:f'")
+        "small.yaml:3: model.use: .*no module named nowhere; .*", ("gaussian_mixture", "'nowhere.models:f'")
     ),
     "unknown argument": Wrong(
-        "model.args.covarance: .*; did you mean 'covariance'.*", ("covariance", "covarance")
+        "small.yaml:3: model.args.covarance: .*; did you mean 'covariance'.*", ("covariance", "covarance")
     ),
     "missing argument": Wrong(
-        "model.args.num_components: expected a value, got nothing; .*", ("num_components: 2, ", "")
+        "small.yaml:3: model.args.num_components: expected a value, got nothing; .*",
+        ("num_components: 2, ", ""),
     ),
     "argument of a wrong type": Wrong(
-        "model.args.num_components: expected a whole number, got 'two'",
+        "small.yaml:3: model.args.num_components: expected a whole number, got 'two'",
         ("num_components: 2", "num_components: two"),
     ),
     "argument beyond its choices": Wrong(
-        "model.args.covariance: .*did you mean 'diag'.*", ("diag", "diagonal")
+        "small.yaml:3: model.args.covariance: .*did you mean 'diag'.*", ("diag", "diagonal")
     ),
     "unknown guide argument": Wrong(
-        "fits.em.guide.args.hiden: expected one of hidden, .*",
+        "small.yaml:5: fits.em.guide.args.hiden: expected one of hidden, .*",
         base=VARIATIONAL.replace("use: categorical", "use: categorical_encoder, args: {hiden: [3]}"),
     ),
     # the data
-    "unknown source": Wrong("data.source: .*, got 'irsi'; did you mean 'iris'.*", ("rows.csv", "irsi")),
-    "no data file": Wrong("data.source: .*got row.csv, .*did you mean 'rows.csv'.*", ("rows.csv", "row.csv")),
+    "unknown source": Wrong(
+        "small.yaml:2: data.source: .*, got 'irsi'; did you mean 'iris'.*", ("rows.csv", "irsi")
+    ),
+    "no data file": Wrong(
+        "small.yaml:2: data.source: .*got row.csv, .*did you mean 'rows.csv'.*", ("rows.csv", "row.csv")
+    ),
     "unknown kind of file": Wrong(
-        "data.source: .*, got 'rows.xls'", ("rows.csv", "rows.xls"), files={"rows.xls": "a"}
+        "small.yaml:2: data.source: .*, got 'rows.xls'", ("rows.csv", "rows.xls"), files={"rows.xls": "a"}
     ),
     "missing column": Wrong(
-        "data.columns.x: expected a column of rows.csv .*, got 'c'", ("[a, b]", "[a, c]")
+        "small.yaml:2: data.columns.x: expected a column of rows.csv .*, got 'c'", ("[a, b]", "[a, c]")
     ),
     "no columns": Wrong(
-        "data.columns: expected the columns of each tensor, .*", (", columns: {x: [a, b]}", "")
+        "small.yaml:2: data.columns: expected the columns of each tensor, .*", (", columns: {x: [a, b]}", "")
     ),
-    "text column": Wrong("data.columns.x: expected numbers in column 'label' .*", ("[a, b]", "[a, label]")),
-    "no rows": Wrong("data.source: expected at least one row .*", files={"rows.csv": "a,b\n"}),
+    "text column": Wrong(
+        "small.yaml:2: data.columns.x: expected numbers in column 'label' .*", ("[a, b]", "[a, label]")
+    ),
+    "no rows": Wrong("small.yaml:2: data.source: expected at least one row .*", files={"rows.csv": "a,b\n"}),
     "empty data file": Wrong(
-        "data.source: expected at least one row .*, got an empty file", files={"rows.csv": ""}
+        "small.yaml:2: data.source: expected at least one row .*, got an empty file", files={"rows.csv": ""}
     ),
     "NaN": Wrong(
-        "data.columns.x: .* column 'a' .* missing value in data row 13.*",
+        "small.yaml:2: data.columns.x: .* column 'a' .* missing value in data row 13.*",
         files={"rows.csv": ROWS + "nan,3,n\n"},
     ),
     "gap": Wrong(
-        "data.columns.x: .* column 'b' .* missing value in data row 13.*", files={"rows.csv": ROWS + "3,,n\n"}
+        "small.yaml:2: data.columns.x: .* column 'b' .* missing value in data row 13.*",
+        files={"rows.csv": ROWS + "3,,n\n"},
     ),
     "infinity": Wrong(
-        "data.columns.x: expected finite .*inf in data row 13.*", files={"rows.csv": ROWS + "inf,3,n\n"}
+        "small.yaml:2: data.columns.x: expected finite .*inf in data row 13.*",
+        files={"rows.csv": ROWS + "inf,3,n\n"},
     ),
     "no sequence column": Wrong(
-        "data.sequence: expected a column of rows.csv .*", ("rows.csv", "rows.csv, sequence: s")
+        "small.yaml:2: data.sequence: expected a column of rows.csv .*", ("rows.csv", "rows.csv, sequence: s")
     ),
     "argument for a file": Wrong(
-        "data.args.k: expected no arguments for a file.*", ("rows.csv", "rows.csv, args: {k: 1}")
+        "small.yaml:2: data.args.k: expected no arguments for a file.*",
+        ("rows.csv", "rows.csv, args: {k: 1}"),
     ),
-    "all rows held out": Wrong("data.test_fraction: .*", ("rows.csv", "rows.csv, test_fraction: 0.99")),
+    "all rows held out": Wrong(
+        "small.yaml:2: data.test_fraction: .*", ("rows.csv", "rows.csv, test_fraction: 0.99")
+    ),
     # model, guide and data together
     "more components than rows": Wrong(
-        "fits.em: .*mixture.py:.*num_components must lie between 1 and .*12, got 13.*",
+        "small.yaml:3: model: model 'gaussian_mixture': expected arguments and data that it accepts, "
+        "got num_components must lie between 1 and the number of rows, 12, got 13; change .*",
         ("components: 2", "components: 13"),
     ),
     "no components": Wrong(
-        "fits.em: .*num_components must lie .*, got 0.*", ("components: 2", "components: 0")
+        "small.yaml:3: model: model 'gaussian_mixture': .*num_components must lie .*, got 0; change .*",
+        ("components: 2", "components: 0"),
     ),
     "tensor the model lacks": Wrong(
-        "fits.em: .*unexpected keyword argument 'y'.*", ("{x: [a, b]}", "{x: [a, b], y: a}")
+        "small.yaml:2: data.columns.y: expected a tensor that gaussian_mixture takes .x., got 'y'; .*",
+        ("{x: [a, b]}", "{x: [a, b], y: a}"),
     ),
     "tensor the data lack": Wrong(
-        "model.args.x: expected a value, got nothing; .*", ("{x: [a, b]}", "{y: [a, b]}")
+        "small.yaml:2: data.columns.y: expected a tensor that gaussian_mixture takes .x., got 'y'; .*",
+        ("{x: [a, b]}", "{y: [a, b]}"),
+    ),
+    "tensor a class lacks": Wrong(
+        "small.yaml:2: data.columns.y: expected a tensor that own.py:Width takes .x., got 'y'; .*",
+        ("{x: [a, b]}", "{y: [a, b]}"),
+        base=own("Width", "width: 3"),
+    ),
+    "sequences for a model of rows": Wrong(
+        "small.yaml:2: data.columns.lengths: expected a tensor that gaussian_mixture takes .x., .*",
+        ("rows.csv", "rows.csv, sequence: label"),
+    ),
+    "shapes that do not match": Wrong(
+        r"small.yaml:3: model: model site 'x': expected an observed value of shape \[12\] \+ \[3\], .*, "
+        r"got \[12, 2\]; .*",
+        base=own("wrong_shape"),
+    ),
+    "log-densities that cannot be computed": Wrong(
+        "small.yaml:3: model: model 'uncomputable': expected log-densities that can be computed at the start .*, "
+        r"got \w+Error: .*",
+        base=own("uncomputable"),
     ),
     "model that raises": Wrong(
-        "fits.em: .*own.py:.*RuntimeError: the model's own words.*", base=own("raises")
+        "small.yaml:3: model: model 'raises' at .*own.py:28: .*RuntimeError: the model's own words.*",
+        base=own("raises"),
     ),
     "class that raises": Wrong(
-        "model 'own.py:Width': .*the class's own words", base=own("Width", "width: 3")
+        "small.yaml:3: model: expected a class .*the class's own words", base=own("Width", "width: 3")
     ),
-    "site twice": Wrong("fits.em: .*own.py:.*Multiple sample sites named .*", base=own("twice")),
-    "continuous site under em": Wrong("fits.em: .*expected only enumerated .*", base=own("continuous")),
+    "model that ends the program": Wrong(
+        "small.yaml:3: model: model 'leaves' at .*own.py:.*SystemExit: 3.*", base=own("leaves")
+    ),
+    "class that ends the program": Wrong(
+        "small.yaml:3: model: expected a class .*SystemExit: 3", base=own("Leaves")
+    ),
+    "site twice": Wrong("small.yaml:3: model: .*own.py:.*Multiple sample sites named .*", base=own("twice")),
+    "continuous site under em": Wrong(
+        "small.yaml:5: fits.em: .*, algorithm em: expected a log joint .*, got z .*", base=own("continuous")
+    ),
     "guide without a site": Wrong(
-        "fits.em: .*site 'z': .*", base=guided("own.py:empty_guide", own("continuous", base=VARIATIONAL))
+        "small.yaml:5: fits.em: .*site 'z': .*",
+        base=guided("own.py:empty_guide", own("continuous", base=VARIATIONAL)),
     ),
-    "guide with a strange site": Wrong("fits.em: guide site 'zz': .*", base=guided("own.py:stranger_guide")),
+    "guide with a strange site": Wrong(
+        "small.yaml:5: fits.em: guide site 'zz': .*", base=guided("own.py:stranger_guide")
+    ),
     "guide that raises": Wrong(
-        "fits.em: .*own.py:.*the guide's own words.*", base=guided("own.py:raising_guide")
+        "small.yaml:5: fits.em: .*own.py:.*the guide's own words.*", base=guided("own.py:raising_guide")
+    ),
+    "guide of a family that is continuous": Wrong(
+        "small.yaml:5: fits.em: guide site 'z': expected a discrete family, .*, got Normal, .*",
+        base=guided("own.py:other_family_guide"),
+    ),
+    "guide of a family with another support": Wrong(
+        "small.yaml:5: fits.em: guide site 'z': expected values in the support .*GreaterThan.*, got values from -.*",
+        base=guided("own.py:real_guide", own("continuous", base=VARIATIONAL)),
+    ),
+    "guide with more states": Wrong(
+        "small.yaml:5: fits.em: guide site 'z': expected the 2 states it has in the model, got 5; .*",
+        base=guided("own.py:other_states_guide", args="k: 5"),
+    ),
+    "guide with fewer states": Wrong(
+        "small.yaml:5: fits.em: guide site 'z': expected the 2 states it has in the model, got 1; .*",
+        base=guided("own.py:other_states_guide", args="k: 1"),
+    ),
+    "guide factory that raises": Wrong(
+        "small.yaml:5: fits.em: guide 'built_guide' at .*own.py:.*the factory's own words.*",
+        base=guided("own.py:built_guide"),
     ),
     "autoguide of a discrete model": Wrong(
-        "fits.em: guide AutoNormal: .*continuous.*", base=guided("auto_normal")
+        "small.yaml:5: fits.em: guide AutoNormal: .*continuous.*", base=guided("auto_normal")
     ),
     "frozen parameter the model lacks": Wrong(
-        "fits.em: freeze: .*weights, .*got wieghts", ("max_steps: 3", "freeze: [wieghts]")
+        "small.yaml:5: fits.em.freeze: .*weights, .*got 'wieghts'; did you mean 'weights'.",
+        ("max_steps: 3", "freeze: [wieghts]"),
     ),
-    "no such plate": Wrong("fits.em: data_plate: .*got rows", ("model: {", "model: {data_plate: rows, ")),
+    "no such plate": Wrong(
+        "small.yaml:3: model.data_plate: .*got rows", ("model: {", "model: {data_plate: rows, ")
+    ),
     "batches without a plate": Wrong(
-        "fits.em.batch_size: expected a model with a data plate, .*",
+        "small.yaml:5: fits.em.batch_size: expected a model with a data plate, .*",
         base=own("no_plate", base=VARIATIONAL.replace("max_steps: 2", "batch_size: 5")),
     ),
     "test rows without a plate": Wrong(
-        "data.test_fraction: expected a model with a data plate, .*",
+        "small.yaml:2: data.test_fraction: expected a model with a data plate, .*",
         base=own("no_plate").replace("rows.csv", "rows.csv, test_fraction: 0.25"),
     ),
     # the output

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.density import (
@@ -24,6 +25,7 @@ from lvmppl.density import (
     num_rows,
 )
 from lvmppl.errors import InputError, ModelError
+from lvmppl.options import nearest, shown
 
 
 class Progress(Protocol):
@@ -169,9 +171,8 @@ def build_problem(
             initial[key] = _checked_start(specs[key], value)
     unknown = [n for n in frozen if n not in initial]
     if unknown:
-        raise InputError(
-            "freeze", f"parameters of the model or guide ({', '.join(initial)})", ", ".join(unknown)
-        )
+        known = f"parameters of the model or guide ({', '.join(initial) or 'there are none'})"
+        raise InputError("freeze", known, ", ".join(map(shown, unknown)), nearest(unknown[0], initial))
     joint = Joint(program, structure)
     return Problem(
         name,
@@ -223,6 +224,17 @@ def _check_observed(structure: Structure) -> None:
         )
 
 
+def _states(site: SiteInfo) -> int | None:
+    """The number of values of an enumerated site over consecutive whole numbers; None for any other."""
+    support = site.support
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if site.kind != "enumerated" or not isinstance(low, int) or not isinstance(high, int):
+        return None
+    return high - low + 1
+
+
 def check_guide(model: Structure, guide: Structure) -> None:
     """Model and guide must speak of the same latent sites, with the same plates.
 
@@ -247,6 +259,14 @@ def check_guide(model: Structure, guide: Structure) -> None:
                 f"guide site '{name}'",
                 f"the plates it has in the model ({', '.join(model.sites[name].plates) or 'none'})",
                 ", ".join(site.plates) or "none",
+            )
+        states = _states(site), _states(model.sites[name]) if name in model.sites else None
+        if None not in states and states[0] != states[1]:
+            raise ModelError(
+                f"guide site '{name}'",
+                f"the {states[1]} states it has in the model",
+                f"{states[0]}",
+                "give it as many states",
             )
         if name in model.sites and site.event_shape != model.sites[name].event_shape:
             raise ModelError(

@@ -18,10 +18,10 @@ from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
 from lvmppl.density.enumeration import MAX_TABLE
 from lvmppl.density.factors import gaussian_chain_parts
-from lvmppl.density.handlers import EnumeratedChain
+from lvmppl.density.handlers import CheckValues, EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
 from lvmppl.density.joint import HeldJoint, Joint
-from lvmppl.density.programs import Program
+from lvmppl.density.programs import Program, function_name
 from lvmppl.density.structure import (
     POINTS,
     Evaluation,
@@ -40,6 +40,7 @@ from lvmppl.density.structure import (
 __all__ = [
     "MAX_TABLE",
     "POINTS",
+    "CheckValues",
     "Coordinates",
     "EnumeratedChain",
     "Evaluation",
@@ -59,6 +60,7 @@ __all__ = [
     "derive_seed",
     "describe",
     "discover",
+    "function_name",
     "gaussian_chain_parts",
     "is_autoguide",
     "isolated",

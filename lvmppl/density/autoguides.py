@@ -11,8 +11,9 @@ from pyro.infer.autoguide import AutoContinuous, AutoGuide
 from torch import Tensor
 
 from lvmppl.density.handlers import Parameters
+from lvmppl.density.programs import as_model_error
 from lvmppl.density.structure import Rows, Structure
-from lvmppl.errors import ModelError
+from lvmppl.errors import InputError, ModelError
 
 
 def build_guide(
@@ -38,7 +39,12 @@ def build_guide(
             autoguide.create_plates = _data_plates(structure)
         result: Callable[..., Any] = autoguide
         return result
-    guide: Callable[..., Any] = build(model, **args)
+    try:
+        guide: Callable[..., Any] = build(model, **args)
+    except InputError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise as_model_error("guide", factory, error) from error
     take = getattr(guide, "use_structure", None)
     if take is not None:
         take(structure)

@@ -184,3 +184,44 @@ def _without_mask(fn: Any) -> Any:
         base = _without_mask(fn.base_dist)
         return fn if base is fn.base_dist else base.to_event(fn.reinterpreted_batch_ndims)
     return fn
+
+
+class CheckValues(Messenger):
+    """Refuses a value that its site cannot have: a latent one outside the support, an observed one of another shape.
+
+    It looks before the program goes on with the value, so that `table[z]` does not fail first and take the blame. A
+    latent value that the model did not draw is the guide's.
+    """
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            _check_shape(msg)
+            return
+        try:
+            support = msg["fn"].support
+            inside = bool(support.check(msg["value"]).all())
+        except NotImplementedError:  # a support that depends on what has not been given
+            return
+        if not inside:
+            low, high = float(msg["value"].min()), float(msg["value"].max())
+            raise ModelError(
+                f"guide site '{msg['name']}'",
+                f"values in the support it has in the model, {support}",
+                f"values from {low:g} to {high:g}",
+                "mind its family and its number of states",
+            )
+
+
+def _check_shape(msg: Any) -> None:
+    fn, value = msg["fn"], msg["value"]
+    try:
+        torch.broadcast_shapes(fn.batch_shape + fn.event_shape, value.shape)
+    except RuntimeError:
+        raise ModelError(
+            f"model site '{msg['name']}'",
+            f"an observed value of shape {list(fn.batch_shape)} + {list(fn.event_shape)}, batch and event",
+            f"{list(value.shape)}",
+            "mind .to_event and the sizes of the parameters",
+        ) from None

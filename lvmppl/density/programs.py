@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,10 +47,10 @@ class Program:
             else:
                 swapped = {name: values[f"{self.role}.{name}"] for name in self._weight_names(values)}
                 torch.func.functional_call(self.module, swapped, args=(), kwargs=dict(data))
-        except (InputError, KeyboardInterrupt):
+        except InputError:
             raise
-        except Exception as error:
-            raise _as_model_error(self.role, self.function, error) from error
+        except (Exception, SystemExit) as error:  # a program that exits would take the whole run with it
+            raise as_model_error(self.role, self.function, error) from error
 
     def _weight_names(self, values: Values) -> Iterator[str]:
         prefix = f"{self.role}."
@@ -67,7 +68,20 @@ def _keep_own_parameters(module: nn.Module) -> None:
         context.param_state = {"params": {}, "constraints": {}}
 
 
-def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -> ModelError:
+def function_name(function: Callable[..., Any]) -> str:
+    """What the user calls a model or guide, whatever its arguments have been bound with."""
+    own = unbound(function)
+    return str(getattr(own, "__name__", type(own).__name__))
+
+
+def unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside `functools.partial`s."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def as_model_error(role: str, function: Callable[..., Any], error: BaseException) -> ModelError:
     """The user's own error with its file and line: the last frame outside Pyro, torch and this package's engine."""
     frames = traceback.extract_tb(error.__traceback__)
     ours = (
@@ -79,12 +93,16 @@ def _as_model_error(role: str, function: Callable[..., Any], error: Exception) -
     )
     outside = [f for f in frames if not any(part in f.filename for part in ours)]
     place = f"{outside[-1].filename}:{outside[-1].lineno}" if outside else "its own code"
-    name = getattr(function, "__name__", type(function).__name__)
-    detail = " ".join(str(error).split())
+    name, detail = function_name(function), " ".join(str(error).split())[:600]
+    shipped = (getattr(unbound(function), "__module__", None) or "").startswith("lvmppl.")
+    got = detail if shipped and isinstance(error, ValueError) else f"{type(error).__name__}: {detail}"
+    if shipped:  # there is nothing to mend in it
+        where, expected = f"{role} '{name}'", "arguments and data that it accepts"
+        return ModelError(where, expected, got, f"change the {role}'s args, or the data")
     return ModelError(
         f"{role} '{name}' at {place}",
         f"a {role} that runs on these data",
-        f"{type(error).__name__}: {detail[:600]}",
+        got,
         next((fix for part, fix in _FIXES.items() if part in detail), None)
         or f"mend the {role} there (`lvmppl check` runs it once without fitting)",
     )
