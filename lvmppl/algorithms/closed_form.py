@@ -89,10 +89,14 @@ Between = Callable[[dict[str, Tensor]], tuple[dict[str, Tensor], Mapping[str, St
 
 @dataclass(frozen=True)
 class Solution:
-    """New parameters [R, *shape], and those that a floor holds."""
+    """New parameters [R, *shape], and by name of those with a floor, in which restarts it holds them [R]."""
 
     values: dict[str, Tensor]
-    floored: frozenset[str]
+    held: dict[str, Tensor]
+
+    def floored(self, restart: int = 0) -> frozenset[str]:
+        """Names of the parameters that a floor holds in one restart."""
+        return frozenset(n for n, at_floor in self.held.items() if bool(at_floor[restart]))
 
 
 def solve(
@@ -111,7 +115,7 @@ def solve(
     """
     result = dict(values)
     restarts = len(next(iter(values.values())))
-    floored: set[str] = set()
+    held: dict[str, Tensor] = {}
     for stage in (("simplex", "beta", "gamma", "loc"), ("precision", "covariance")):
         if between is not None and "precision" in stage:
             result, own = between(result)
@@ -124,9 +128,9 @@ def solve(
                 total.add(key, part.reshape(1, -1))
             solved, at_floor = _SOLVE[total.kind](total, result[name])
             result[name] = _within(solved, specs[name].constraint)
-            if at_floor:
-                floored.add(name)
-    return Solution(result, frozenset(floored))
+            if at_floor is not None:
+                held[name] = at_floor
+    return Solution(result, held)
 
 
 def _gather(
@@ -256,44 +260,44 @@ _PARTS = {
 }
 
 
-def _solve_simplex(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+def _solve_simplex(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     counts = sums.parts["counts"].reshape(old.shape).clamp_min(0)
     total = counts.sum(-1, keepdim=True)
     solved = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
-    return sums.spelling.invert(solved, old), False
+    return sums.spelling.invert(solved, old), None
 
 
-def _solve_beta(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+def _solve_beta(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
     total = a + b
     solved = torch.where(total > 0, a / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
-    return sums.spelling.invert(solved, old), False
+    return sums.spelling.invert(solved, old), None
 
 
-def _solve_gamma(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+def _solve_gamma(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
     now = sums.spelling.apply(old)
-    held = False
+    held = None
     if "floor" in sums.parts:
         least = (
             sums.parts["floor"].reshape(old.shape) / 2
         )  # a · floor: b ≥ this holds the variance b/a at the floor
-        held = bool(((b < least) & (a > 0)).any())
+        held = ((b < least) & (a > 0)).reshape(len(b), -1).any(1)
         b = torch.maximum(b, least)
     solved = torch.where((a > 0) | (b > 0), a / torch.where(b > 0, b, torch.finfo(b.dtype).tiny), now)
     inverted = sums.spelling.invert(solved, old)
     return torch.where((a > 0) | (b > 0), inverted, old), held
 
 
-def _solve_location(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+def _solve_location(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     moment, weight = (sums.parts[k].reshape(old.shape) for k in ("moment", "weight"))
     step = torch.where(weight > 0, moment / torch.where(weight > 0, weight, 1.0), 0.0)
     if sums.spelling.name == "location":
-        return old + step, False
-    return sums.spelling.invert(sums.spelling.apply(old) + step, old), False
+        return old + step, None
+    return sums.spelling.invert(sums.spelling.apply(old) + step, old), None
 
 
-def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
+def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     n, scatter, floor = (sums.parts[k].reshape(old.shape) for k in ("n", "scatter", "floor"))
     filled = n.diagonal(dim1=-2, dim2=-1).amin(-1)[..., None, None] > 0
     n = torch.where(filled, n, 1.0)
@@ -301,8 +305,8 @@ def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, bool]:
     covariance = torch.where(filled, (scatter + scatter.mT) / 2 / n, eye)
     least = torch.where(filled, (floor / n).diagonal(dim1=-2, dim2=-1).diag_embed(), eye / 2)
     info = torch.linalg.cholesky_ex(covariance - least)[1]
-    held = bool((info != 0).any())
-    if held:
+    held = (info != 0).reshape(len(info), -1).any(1)
+    if bool(held.any()):
         covariance = _raised(covariance, least)
     solved = sums.spelling.invert(covariance, old)
     return torch.where(filled, solved, old), held

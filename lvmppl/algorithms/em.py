@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
+from lvmppl.algorithms.closed_form import solve
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
@@ -23,10 +24,10 @@ from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.remarks import remarks
-from lvmppl.algorithms.start import start_values
+from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
-from lvmppl.algorithms.statistics import Statistics
-from lvmppl.algorithms.tabulated import Imprecise, tabulate
+from lvmppl.algorithms.statistics import Statistics, of_restarts, stacked
+from lvmppl.algorithms.tabulated import Imprecise, Tabulated, tabulate
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
@@ -36,7 +37,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def infer(problem: Problem, options: EMOptions) -> Fit:
-    """Fit θ by EM; restarts one after the other, the best kept.
+    """Fit θ by EM, the best restart kept; all restarts at once where every parameter has a closed form.
 
     Raises:
         IntractableError: the posterior of a latent site is not to be had exactly.
@@ -44,7 +45,9 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
     require_exact(problem, "em")
     with unvalidated():
         run = _Run(problem, options, plan_m_step(problem))
-        done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
+        done = run.together() if options.restarts > 1 else None
+        if done is None:
+            done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
         best = best_of(done)
         notes = [best.message, *remarks(run.plan, best.values)]
         best.message = "; ".join(dict.fromkeys(note for note in notes if note))
@@ -76,6 +79,17 @@ class _Run:
             with contextlib.suppress(_NotTheModel):
                 return self._restart(number)
             self.tables = None
+
+    def together(self) -> list[Trajectory] | None:
+        """All restarts in one tensor program; None where the model is not in tables, or turns out not to be."""
+        if self.tables is None:
+            return None
+        with contextlib.suppress(_NotTheModel):
+            done = _Batch(self, self.tables).run()
+            if self._still_holds(best_of(done).values):
+                return done
+        self.tables = None
+        return None
 
     def _restart(self, number: int) -> Trajectory:
         trajectory = Trajectory(number, self.problem.objective_kind)
@@ -125,8 +139,7 @@ class _Run:
                 **gradient_m_step(self.problem, new, weights, options.m_steps, options.tolerance, names),
             }
             new, floored = solve_closed(self.problem, self.plan, new, statistics, weights)
-        if floored:
-            trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
+        _note_floor(trajectory, floored)
         return new
 
     def _falls(self, trajectory: Trajectory, objective: float) -> bool:
@@ -179,6 +192,111 @@ class _Run:
         if not same:
             self.plan, self.tables = checked, None
         return same
+
+
+class _Batch:
+    """Restarts that step together: R leads every tensor, and those that stop leave it.
+
+    Each has its own history, stopping and status, the same as alone up to rounding.
+    """
+
+    def __init__(self, run: _Run, tables: Tabulated) -> None:
+        self.run_one, self.tables = run, tables
+        self.problem, self.options = run.problem, run.options
+        self.done = [Trajectory(r, "log_evidence") for r in range(self.options.restarts)]
+        self.stopping = [Stopping(self.options.tolerance) for _ in self.done]
+        self.best: list[tuple[Mapping[str, Tensor], int]] = [({}, 0) for _ in self.done]
+        self.active = list(range(len(self.done)))
+
+    def run(self) -> list[Trajectory]:
+        options, progress = self.options, self.problem.progress
+        progress.start(self.problem.name, 0, options.max_steps)
+        values = start_together(self.problem, options.init, options.restarts, self.run_one.plan, self.tables)
+        for step in range(options.max_steps + 1):
+            self.run_one._check_tables(step, _picked(values, 0))
+            objectives, statistics = self._e_step(values)
+            keep = self._judge(step, values, objectives.tolist())
+            progress.update(step, max(t.objective for t in self.done))
+            if not keep or step == options.max_steps:
+                break
+            if len(keep) < len(self.active):
+                index = torch.tensor(keep)
+                self.active = [self.active[i] for i in keep]
+                values = {n: v.index_select(0, index) for n, v in values.items()}
+                statistics = {n: of_restarts(s, index) for n, s in statistics.items()}
+            values = self._m_step(values, statistics)
+        for restart in self.active:
+            self._leave(restart)
+        progress.finish(best_of(self.done).status)
+        return self.done
+
+    def _e_step(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Statistics]]:
+        """For all active restarts; those that the tables are too coarse for by running the model."""
+        try:
+            return self.tables.e_step(values)
+        except Imprecise as error:
+            coarse = error.restarts
+        parts = []
+        fine = torch.nonzero(~coarse).flatten()
+        if len(fine):
+            parts.append(self.tables.e_step({n: v.index_select(0, fine) for n, v in values.items()}))
+        alone = torch.nonzero(coarse).flatten()
+        for restart in alone.tolist():
+            total, _, own = e_step(self.problem, _picked(values, restart), self.run_one.plan.sites, False)
+            parts.append((torch.tensor([total], dtype=torch.float64), own))
+        back = torch.cat([fine, alone]).argsort()
+        merged = {n: of_restarts(stacked([own[n] for _, own in parts]), back) for n in parts[0][1]}
+        return torch.cat([t.double() for t, _ in parts])[back], merged
+
+    def _judge(self, step: int, values: Mapping[str, Tensor], objectives: list[float]) -> list[int]:
+        """Record the step of every active restart; positions of those that go on."""
+        keep = []
+        for position, restart in enumerate(self.active):
+            trajectory, objective = self.done[restart], objectives[position]
+            trajectory.record(step, objective)
+            if self.run_one._falls(trajectory, objective):
+                self._leave(restart)
+                if trajectory.values and not self.run_one._still_holds(trajectory.values):
+                    raise _NotTheModel
+                self.run_one._diverged(trajectory, _picked(values, position), objective)
+                continue
+            if not trajectory.values or objective > trajectory.objective:
+                trajectory.values = trajectory.values or _picked(values, position)
+                trajectory.objective, self.best[restart] = objective, (values, position)
+            if self.stopping[restart].met(objective):
+                trajectory.status = "converged"
+                self._leave(restart)
+                continue
+            keep.append(position)
+        return keep
+
+    def _leave(self, restart: int) -> None:
+        """A restart is over: its best iterate, at which the model must still be what the tables say."""
+        values, position = self.best[restart]
+        trajectory = self.done[restart]
+        if trajectory.values:
+            trajectory.values = detached(_picked(values, position))
+            self.run_one._check_tables(0, trajectory.values)
+
+    def _m_step(
+        self, values: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
+    ) -> Mapping[str, Tensor]:
+        plan = self.run_one.plan
+        solution = solve(plan.sites, self.problem.model.specs, plan.closed, values, statistics)
+        if any(bool(h.any()) for h in solution.held.values()):
+            for position, restart in enumerate(self.active):
+                _note_floor(self.done[restart], solution.floored(position))
+        return solution.values
+
+
+def _note_floor(trajectory: Trajectory, floored: Collection[str]) -> None:
+    if floored:
+        trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
+
+
+def _picked(values: Mapping[str, Tensor], restart: int) -> dict[str, Tensor]:
+    """The parameters of one restart."""
+    return {n: v[restart] for n, v in values.items()}
 
 
 class _NotTheModel(Exception):

@@ -95,7 +95,7 @@ def solve_closed(
     led = {n: v.unsqueeze(0) for n, v in values.items()}
     hook = between if affine is not None or residual else None
     done: Solution = solve(plan.sites, problem.model.specs, solved, led, statistics, plan.priors, hook)
-    return {n: v.squeeze(0) for n, v in done.values.items()}, done.floored
+    return {n: v.squeeze(0) for n, v in done.values.items()}, done.floored()
 
 
 # ---------------------------------------------------------------------------------------------------- verification

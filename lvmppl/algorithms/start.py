@@ -7,18 +7,20 @@ responsibilities r (a chain at every step), hold every continuous site at a draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.evidence import chunks
+from lvmppl.algorithms.closed_form import solve
+from lvmppl.algorithms.evidence import CHUNK, chunks
 from lvmppl.algorithms.expected import Piece, Weights, add_up, gradient_m_step
 from lvmppl.algorithms.m_step import solve_closed
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
-from lvmppl.algorithms.statistics import Statistics
+from lvmppl.algorithms.statistics import Statistics, stacked
+from lvmppl.algorithms.tabulated import Tabulated
 from lvmppl.density import (
     Evaluation,
     HeldJoint,
@@ -63,6 +65,36 @@ def start_values(
     return values
 
 
+def start_together(
+    problem: Problem, init: str, restarts: int, plan: Plan, tables: Tabulated
+) -> dict[str, Tensor]:
+    """The starts of all restarts, [R, *shape], of a model in tables: what `start_values` gives one by one."""
+    if problem.num_rows > CHUNK or not problem.model.structure.enumerated:
+        each = [start_values(problem, init, r, restarts, plan) for r in range(restarts)]
+        return {n: torch.stack([own[n] for own in each]) for n in problem.theta}
+    rows = Rows(problem.num_rows)
+    with torch.no_grad():
+        evaluation = problem.model.evaluate(problem.data, problem.initial, rows)
+    dims = {f.site: f.dims for f in evaluation.factors}
+    (piece,) = tables.pieces()
+    parts = []
+    for restart in range(restarts):
+        how = init if restart == 0 else "random"
+        if how == "params":
+            continue
+        generator = _generator(problem, restart)
+        labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
+        weights = _weights_of(evaluation, problem, rows, labels, 0, generator)
+        q = {site: Named(weight, dims[site]) for site, weight in weights.items()}
+        parts.append(tables.statistics(piece, q))
+    statistics = {n: stacked([own[n] for own in parts]) for n in parts[0]}
+    values = {n: v.expand(len(parts), *v.shape) for n, v in problem.initial.items() if n in problem.theta}
+    solved = solve(plan.sites, problem.model.specs, plan.closed, values, statistics).values
+    if len(parts) == restarts:
+        return solved
+    return {n: torch.cat([problem.initial[n].unsqueeze(0), v]) for n, v in solved.items()}
+
+
 def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, Statistics]:
     statistics: dict[str, Statistics] = {}
     for (data, rows), piece in zip(chunks(problem), weights, strict=True):
@@ -74,7 +106,7 @@ def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, 
 
 
 def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights:
-    generator = torch.Generator().manual_seed(derive_seed(problem.seed, problem.name, restart, "start"))
+    generator = _generator(problem, restart)
     labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
     result, begin = [], 0
     for data, rows in chunks(problem):
@@ -84,6 +116,10 @@ def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights
         result.append(Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model))
         begin += rows.size
     return result
+
+
+def _generator(problem: Problem, restart: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(problem.seed, problem.name, restart, "start"))
 
 
 def _at_draws(problem: Problem, data: Values, rows: Rows, generator: torch.Generator) -> HeldJoint:

@@ -127,47 +127,72 @@ def unpacked(p: Tensor) -> Tensor:
 
 def _counts(reading: Reading, q: Named, keep: Sequence[str]) -> Named:
     """Expected counts of each category [keep, V]."""
-    size = reading.fields["probs"].tensor.shape[-1]
     if not reading.labels:
         (t,) = reading.statistics(q.tensor.dtype)
         return contract(q, t, (*keep, CATEGORY), t.dims, (t,))
-    labels = reading.named(reading.value)
-    if (
-        len(labels.dims) == 1
-        and labels.dims[0] not in keep
-        and _is_support(labels.tensor, size, q, labels.dims[0])
-    ):
-        state = labels.dims[0]
-        renamed = Named(q.tensor, tuple(CATEGORY if d == state else d for d in q.dims))
-        dims = (*(d for d in (RESTART, *keep) if d in q.dims), CATEGORY)
+    return label_sums(reading, keep).counts(q)
+
+
+class Labels:
+    """The labels of some rows, and what sums weights over the rows of each label: made once, for any weights.
+
+    state: the enumerated site whose states the labels are, in order, if they are.
+    """
+
+    def __init__(self, labels: Named, size: int, keep: Sequence[str]) -> None:
+        self.named, self.size, self.keep = labels, size, tuple(keep)
+        self.state: str | None = None
+        if len(labels.dims) == 1 and labels.dims[0] not in keep and len(labels.tensor) == size:
+            own = labels.tensor.long()
+            self.state = labels.dims[0] if bool(torch.equal(own, torch.arange(size))) else None
+        self.shared = tuple(d for d in keep if d in labels.dims)
+        self.lone = tuple(d for d in labels.dims if d not in keep)
+        self._index: dict[tuple[str, ...], Tensor] = {}
+
+    def index(self, lone: Sequence[str]) -> Tensor:
+        """The labels [*shared, *lone flat], the axes that are summed in any order."""
+        key = tuple(lone)
+        if key not in self._index:
+            tensor = align(Named(self.named.tensor.long(), self.named.dims), (*self.shared, *key))
+            lead = prod(tensor.shape[: len(self.shared)])
+            self._index[key] = tensor.reshape(lead, -1).contiguous()
+        return self._index[key]
+
+    def counts(self, q: Named) -> Named:
+        """Expected counts of each category [keep, V]."""
+        if self.state is not None and self.state in q.dims:
+            return self._of_states(q)
+        shared = self.shared
+        q = _sum_to(q, {RESTART, *self.keep, *self.named.dims})
+        # Axes in the order of memory, so that rows of weights are added up without a copy.
+        strides = dict(zip(q.dims, q.tensor.stride(), strict=True))
+        lone = tuple(sorted(self.lone, key=lambda d: -strides.get(d, 0)))
+        rest = tuple(d for d in (RESTART, *self.keep) if d in q.dims and d not in shared)
+        sizes = dict(zip(self.named.dims, self.named.tensor.shape, strict=True))
+        sizes.update(zip(q.dims, q.tensor.shape, strict=True))
+        weight = align(q, (*shared, *lone, *rest))
+        weight = weight.expand(*(sizes[d] for d in (*shared, *lone, *rest)))
+        index = self.index(lone)
+        weight = weight.reshape(*index.shape, -1)
+        result = weight.new_zeros(len(index), self.size, weight.shape[-1])
+        for row in range(len(index)):
+            result[row].index_add_(0, index[row], weight[row])
+        named = Named(
+            result.reshape([*(sizes[d] for d in shared), self.size, *(sizes[d] for d in rest)]),
+            (*shared, CATEGORY, *rest),
+        )
+        final = (*(d for d in (RESTART, *self.keep) if d in named.dims), CATEGORY)
+        return Named(align(named, final), final)
+
+    def _of_states(self, q: Named) -> Named:
+        renamed = Named(q.tensor, tuple(CATEGORY if d == self.state else d for d in q.dims))
+        dims = (*(d for d in (RESTART, *self.keep) if d in q.dims), CATEGORY)
         return Named(align(_sum_to(renamed, set(dims)), dims), dims)
-    return _count_labels(labels, size, q, keep)
 
 
-def _is_support(labels: Tensor, size: int, q: Named, dim: str) -> bool:
-    return dim in q.dims and len(labels) == size and bool(torch.equal(labels, torch.arange(size)))
-
-
-def _count_labels(labels: Named, size: int, q: Named, keep: Sequence[str]) -> Named:
-    shared = tuple(d for d in keep if d in labels.dims)
-    lone = tuple(d for d in labels.dims if d not in keep)
-    q = _sum_to(q, {RESTART, *keep, *labels.dims})
-    rest = tuple(d for d in (RESTART, *keep) if d in q.dims and d not in shared)
-    sizes = dict(zip(labels.dims, labels.tensor.shape, strict=True))
-    sizes.update(zip(q.dims, q.tensor.shape, strict=True))
-    index = align(Named(labels.tensor.long(), labels.dims), (*shared, *lone)).reshape(
-        prod(sizes[d] for d in shared), -1
-    )
-    weight = align(q, (*shared, *lone, *rest))
-    weight = weight.expand(*(sizes[d] for d in (*shared, *lone)), *(sizes[d] for d in rest))
-    weight = weight.reshape(len(index), index.shape[1], -1)
-    result = weight.new_zeros(len(index), size, weight.shape[-1])
-    for row in range(len(index)):
-        result[row].index_add_(0, index[row], weight[row])
-    shape = [sizes[d] for d in shared] + [size] + [sizes[d] for d in rest]
-    dims = (*shared, CATEGORY, *rest)
-    final = (*(d for d in (RESTART, *keep) if d in dims), CATEGORY)
-    return Named(align(Named(result.reshape(shape), dims), final), final)
+def label_sums(reading: Reading, keep: Sequence[str]) -> Labels:
+    """The labels of a reading of categories."""
+    return Labels(reading.named(reading.value), reading.fields["probs"].tensor.shape[-1], keep)
 
 
 def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
@@ -175,6 +200,23 @@ def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
     if total is None:
         return part
     return {k: Named(total[k].tensor + align(part[k], total[k].dims), total[k].dims) for k in part}
+
+
+def stacked(parts: Sequence[Statistics]) -> Statistics:
+    """The statistics of one site, a restart each, as those of several restarts."""
+    result = {}
+    for key, first in parts[0].items():
+        dims = (RESTART, *(d for d in first.dims if d != RESTART))
+        result[key] = Named(torch.cat([align(p[key], dims) for p in parts]), dims)
+    return result
+
+
+def of_restarts(statistics: Statistics, index: Tensor) -> Statistics:
+    """Those of some restarts."""
+    return {
+        k: Named(n.tensor.index_select(0, index), n.dims) if n.dims[:1] == (RESTART,) else n
+        for k, n in statistics.items()
+    }
 
 
 def reference_of(reading: Reading) -> tuple[Named, Named]:

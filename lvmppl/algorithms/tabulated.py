@@ -10,8 +10,8 @@ Shapes: R restarts, K states, N rows of a piece, `·t` statistics.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import torch
@@ -24,13 +24,15 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import (
     PACKED,
     RESTART,
+    Labels,
     Statistics,
-    accumulate,
     add_statistics,
     contract,
+    label_sums,
+    stacked,
 )
 from lvmppl.bilinear import mvn_natural, normal_natural, packed_outer
-from lvmppl.density import Factor, Values, Variable
+from lvmppl.density import Factor, Values, Variable, time_axis
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.named import Named, add, align, union
 from lvmppl.exponential import CATEGORY, ROW, Reading, read
@@ -42,7 +44,22 @@ _PRECISE = 1e6  # largest squared distance from the reference, in variances, at 
 
 
 class Imprecise(Exception):
-    """Expanding squares would lose too many digits at these parameters."""
+    """Expanding squares would lose too many digits at the parameters of these restarts [R]."""
+
+    def __init__(self, restarts: Tensor) -> None:
+        super().__init__()
+        self.restarts = restarts
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of the data, ready for any θ: readings, design matrices, masks and labels by site."""
+
+    size: int
+    readings: Mapping[str, Reading]
+    designs: Mapping[str, Named]
+    masks: Mapping[str, Named | None]
+    labels: Mapping[str, Labels]
 
 
 @dataclass(frozen=True)
@@ -56,12 +73,17 @@ class Tabulated:
     sizes: Mapping[str, int]
     data_plate: str | None
     total: int
-    step: int
+    chunkable: bool
     constant: float
     farthest: Mapping[str, Tensor]
     inner: Mapping[str, Mapping[str, int]]
     """By site, the event axes of its value and their sizes."""
     dtype: torch.dtype = torch.float64
+    kept: dict[int, Piece] = field(default_factory=dict)
+
+    @property
+    def has_chains(self) -> bool:
+        return any(v.steps is not None for v in self.variables.values())
 
     def e_step(self, values: Values) -> tuple[Tensor, dict[str, Statistics]]:
         """log p(x; θ) of each restart [R] and the expected statistics; values: [R, *shape].
@@ -70,65 +92,98 @@ class Tabulated:
             Imprecise: a variance is so small against the distances between locations that digits would be lost.
         """
         restarts = len(next(iter(values.values())))
-        led = restarts > 1
-        natural = {}
-        for site in self.sites:
-            if self._is_designed(site):
-                natural[site.name] = self._natural(site, values, led)
+        if restarts > 1 and self.has_chains:  # a chain's kernel wants one transition for all sequences
+            each = [self.e_step(one_of(values, r)) for r in range(restarts)]
+            totals = torch.cat([t for t, _ in each])
+            return totals, {n: stacked([own[n] for _, own in each]) for n in each[0][1]}
+        natural = self._naturals(values, restarts)
         statistics: dict[str, Statistics] = {}
         total: Tensor | None = None
-        for begin in range(0, self.total, self.step):
-            size = min(self.step, self.total - begin)
-            part, own = self._piece(values, natural, begin, size, restarts)
+        for piece in self.pieces(restarts):
+            part, own = self._visit(values, natural, piece, restarts)
             total = part if total is None else total + part
             for name, s in own.items():
                 statistics[name] = add_statistics(statistics.get(name), s)
         assert total is not None
         return total + self.constant, statistics
 
+    def pieces(self, restarts: int = 1) -> Iterator[Piece]:
+        """The data in order; a single piece is made once for all steps."""
+        step = self.total
+        if self.chunkable:
+            step = _rows_of_a_piece(self.sites, self.readings, self.variables, self.total, restarts)
+        if step == self.total:
+            if not self.kept:
+                self.kept[0] = self._prepared(0, self.total)
+            yield self.kept[0]
+            return
+        for begin in range(0, self.total, step):
+            yield self._prepared(begin, min(step, self.total - begin))
+
+    def _prepared(self, begin: int, size: int) -> Piece:
+        readings = {
+            s.name: _slice(self.readings[s.name], self.data_plate, begin, size, self.total)
+            for s in self.sites
+        }
+        designed = [s for s in self.sites if self._is_designed(s)]
+        designs = {s.name: _design(readings[s.name], s.reference, self.dtype) for s in designed}
+        masks = {n: r.mask() for n, r in readings.items()}
+        labels = {s.name: label_sums(readings[s.name], s.keep) for s in self.sites if s.name not in designs}
+        return Piece(size, readings, designs, masks, labels)
+
     def _is_designed(self, site: ClosedSite) -> bool:
         """Whether the site has a design matrix; labels of categories are looked up instead."""
         return not self.readings[site.name].labels
 
-    def _natural(self, site: ClosedSite, values: Values, led: bool) -> Named:
-        reading = self.readings[site.name]
-        named = _natural(site, reading, self.inner[site.name], values)
-        far = self.farthest.get(site.name)
-        if far is not None and float(far * _sharpest(site, values)) > _PRECISE:
-            raise Imprecise
-        return named if led else _unled(named)
+    def _naturals(self, values: Values, restarts: int) -> dict[str, Named]:
+        result = {}
+        coarse: Tensor | None = None
+        for site in self.sites:
+            if not self._is_designed(site):
+                continue
+            named, sharpness = _natural(site, self.readings[site.name], self.inner[site.name], values)
+            if sharpness is not None:
+                lost = (sharpness * self.farthest[site.name]).sum(-1).reshape(restarts, -1).amax(1)
+                own = ~(lost <= _PRECISE)
+                coarse = own if coarse is None else coarse | own
+            result[site.name] = named if restarts > 1 else _unled(named)
+        if coarse is not None and bool(coarse.any()):
+            raise Imprecise(coarse)
+        return result
 
-    def _piece(
-        self, values: Values, natural: Mapping[str, Named], begin: int, size: int, restarts: int
+    def _visit(
+        self, values: Values, natural: Mapping[str, Named], piece: Piece, restarts: int
     ) -> tuple[Tensor, dict[str, Statistics]]:
-        designs: dict[str, Named] = {}
-        readings: dict[str, Reading] = {}
         factors: dict[str, Named] = {}
         for site in self.sites:
             name = site.name
-            reading = readings[name] = _slice(self.readings[name], self.data_plate, begin, size, self.total)
             if name in natural:
-                designs[name] = _design(reading, site.reference, self.dtype)
-                factor = _product(natural[name], designs[name])
+                factor = _product(natural[name], piece.designs[name])
             else:
-                factor = _looked_up(site, reading, values, restarts > 1)
-            mask = reading.mask()
+                factor = _looked_up(site, piece.readings[name], piece.labels[name], values, restarts > 1)
+            mask = piece.masks[name]
             if mask is not None:
                 dims = union((factor.dims, mask.dims))
-                seen = align(mask, dims)
-                factor = Named(torch.where(seen > 0, align(factor, dims), 0.0), dims)
+                factor = Named(torch.where(align(mask, dims) > 0, align(factor, dims), 0.0), dims)
             factors[name] = factor
-        log_evidence, q = self._posterior(factors, size, restarts)
-        statistics = {}
+        log_evidence, q = self._posterior(factors, piece.size, restarts)
+        return log_evidence, self.statistics(piece, q)
+
+    def statistics(self, piece: Piece, q: Mapping[str, Named]) -> dict[str, Statistics]:
+        """The expected statistics of every site on a piece, given the weights of its factors."""
+        result = {}
         for site in self.sites:
-            weight, reading = q[site.name], readings[site.name]
-            if site.name in designs:
-                statistics[site.name] = _split(
-                    site, reading, self.inner[site.name], weight, designs[site.name]
-                )
+            name, weight = site.name, q[site.name]
+            mask = piece.masks[name]
+            if mask is not None:
+                dims = union((weight.dims, mask.dims))
+                weight = Named(align(weight, dims) * align(mask, dims), dims)
+            if name in piece.designs:
+                sums = _sums(site, piece.readings[name], weight, piece.designs[name])
+                result[name] = _cut(site, piece.readings[name], self.inner[name], sums)
             else:
-                statistics[site.name] = accumulate(reading, weight, site.keep, site.reference)
-        return log_evidence, statistics
+                result[name] = {"counts": piece.labels[name].counts(weight)}
+        return result
 
     def _posterior(
         self, factors: Mapping[str, Named], size: int, restarts: int
@@ -242,8 +297,11 @@ def _product(natural: Named, design: Named) -> Named:
     return Named(result.reshape(*h.shape[:-1], *t.shape[1:]), (*natural.dims[:-1], *design.dims[1:]))
 
 
-def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values) -> Named:
-    """H [R, *batch of the fields, ·t], in the order of the design's rows."""
+def _natural(
+    site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values
+) -> tuple[Named, Tensor | None]:
+    """H [R, *batch of the fields, ·t], in the order of the design's rows, and of locations the precisions (of a matrix
+    its diagonal) that the squares of x − r meet, [R, *batch, width]."""
     events = _events(reading)
     restarts = len(next(iter(values.values())))
     sizes = {**site.sizes, **inner_sizes}
@@ -258,13 +316,18 @@ def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int],
     def flat(tensor: Tensor) -> Tensor:
         return tensor.reshape(*shape[: 1 + len(batch)], -1)
 
+    sharpness = None
     if reading.kind == "normal":
         assert site.reference is not None
         m = at(site.field("loc", values)) - at(site.reference)
-        precision = at(site.field("precision", values))
-        rows = normal_natural(flat(m), flat(precision))
+        sharpness = flat(at(site.field("precision", values)))
+        rows = normal_natural(flat(m), sharpness)
     elif reading.kind == "mvn":
-        rows = _mvn_rows(site, at, dims, shape, values)
+        assert site.reference is not None
+        m = at(site.field("loc", values)) - at(site.reference)
+        covariance = align(site.field("covariance", values), (*dims, "·j"))
+        rows, whitener = mvn_natural(m, torch.linalg.cholesky(covariance))
+        sharpness = whitener.square().sum(-2)
     elif reading.kind == "beta":
         p = at(site.field("probs", values))
         rows = [flat(safe_log(p)), flat(safe_log(1 - p))]
@@ -273,30 +336,42 @@ def _natural(site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int],
         rows = [flat(safe_log(rate)), flat(-rate)]
     else:
         rows = [flat(safe_log(at(site.field("probs", values))))]
-    return Named(torch.cat(rows, -1), (RESTART, *batch, STATISTIC))
+    return Named(torch.cat(rows, -1), (RESTART, *batch, STATISTIC)), sharpness
 
 
-def _mvn_rows(site: ClosedSite, at, dims, shape, values: Values) -> list[Tensor]:  # type: ignore[no-untyped-def]
-    assert site.reference is not None
-    m = at(site.field("loc", values)) - at(site.reference)
-    covariance = align(site.field("covariance", values), (*dims, "·j"))
-    return mvn_natural(m, torch.linalg.cholesky(covariance))[0]
-
-
-def _looked_up(site: ClosedSite, reading: Reading, values: Values, led: bool) -> Named:
+def _looked_up(site: ClosedSite, reading: Reading, labels: Labels, values: Values, led: bool) -> Named:
     """log p of category labels: a renamed table where the labels are all states, else the picked entries."""
     named = site.field("probs", values)
     table = Named(safe_log(named.tensor), named.dims)
     if not led:
         table = _unled(table)
-    labels = reading.named(reading.value)
-    size = table.tensor.shape[-1]
+    if labels.state is not None and labels.state not in table.dims:
+        return Named(table.tensor, (*table.dims[:-1], labels.state))
     events = _events(reading)
-    if len(labels.dims) == 1 and labels.dims[0] not in table.dims and _is_all(labels.tensor, size):
-        return Named(table.tensor, (*table.dims[:-1], labels.dims[0]))
-    shared = tuple(d for d in table.dims if d in labels.dims)
+    shared = tuple(d for d in table.dims if d in labels.named.dims)
     rest = tuple(d for d in table.dims[:-1] if d not in shared)
-    lone = tuple(d for d in labels.dims if d not in shared)
+    lone = tuple(d for d in labels.named.dims if d not in shared)
+    if shared:
+        return _summed_over(_picked(table, labels.named, rest, shared, lone), events)
+    # The steps of a chain first and its states last, which is how its sweeps work through memory.
+    if any(_is_time(d) for d in lone):
+        lone = tuple(sorted(lone, key=lambda d: not _is_time(d)))
+        rows = align(table, (CATEGORY, *rest)).reshape(table.tensor.shape[-1], -1).contiguous()
+        tensor = rows.index_select(0, labels.index(lone).flatten())
+        dims = (*lone, *rest)
+    else:
+        grid = align(table, (*rest, CATEGORY))
+        tensor = grid.index_select(-1, labels.index(lone).flatten())
+        dims = (*rest, *lone)
+    sizes = {**site.sizes, **dict(zip(labels.named.dims, labels.named.tensor.shape, strict=True))}
+    sizes.update(zip(table.dims, table.tensor.shape, strict=True))
+    return _summed_over(Named(tensor.reshape([sizes[d] for d in dims]), dims), events)
+
+
+def _picked(
+    table: Named, labels: Named, rest: Sequence[str], shared: Sequence[str], lone: Sequence[str]
+) -> Named:
+    """Entries of a table that has axes of its own along some of the labels' axes."""
     grid = align(table, (*rest, *shared, CATEGORY))
     index = align(Named(labels.tensor.long(), labels.dims), (*shared, *lone))
     where: list[Tensor] = []
@@ -304,28 +379,23 @@ def _looked_up(site: ClosedSite, reading: Reading, values: Values, led: bool) ->
         view = [1] * index.dim()
         view[axis] = index.shape[axis]
         where.append(torch.arange(index.shape[axis]).reshape(view))
-    if shared:
-        slots: list[slice | Tensor] = [slice(None)] * len(rest)
-        picked = grid[(*slots, *where, index)]
-    else:
-        picked = grid.index_select(-1, index.flatten()).reshape(*grid.shape[:-1], *index.shape)
-    dims = (*rest, *shared, *lone)
-    axes = [i for i, d in enumerate(dims) if d in events]
-    return Named(picked.sum(axes) if axes else picked, tuple(d for d in dims if d not in events))
+    slots: list[slice | Tensor] = [slice(None)] * len(rest)
+    return Named(grid[(*slots, *where, index)], (*rest, *shared, *lone))
 
 
-def _is_all(labels: Tensor, size: int) -> bool:
-    return len(labels) == size and bool(torch.equal(labels.long(), torch.arange(size)))
+def _is_time(dim: str) -> bool:
+    return dim.startswith(time_axis(0)[:-1])
 
 
-def _split(
-    site: ClosedSite, reading: Reading, sizes: Mapping[str, int], q: Named, design: Named
-) -> Statistics:
-    """q Tᵀ, cut into the statistics of the kind."""
-    mask = reading.mask()
-    if mask is not None:
-        dims = union((q.dims, mask.dims))
-        q = Named(align(q, dims) * align(mask, dims), dims)
+def _summed_over(named: Named, events: Sequence[str]) -> Named:
+    axes = [i for i, d in enumerate(named.dims) if d in events]
+    if not axes:
+        return named
+    return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d not in events))
+
+
+def _sums(site: ClosedSite, reading: Reading, q: Named, design: Named) -> Named:
+    """q Tᵀ."""
     batch = tuple(d for d in site.keep if d not in _events(reading))
     lone = tuple(d for d in design.dims[1:] if d not in batch)
     rest = tuple(d for d in q.dims if d not in lone)
@@ -333,10 +403,8 @@ def _split(
         t = align(design, (STATISTIC, *lone)).reshape(len(design.tensor), -1)
         left = align(q, (*rest, *lone))
         product = left.reshape(-1, t.shape[1]) @ t.T
-        sums = Named(product.reshape(*left.shape[: len(rest)], len(t)), (*rest, STATISTIC))
-    else:
-        sums = contract(q, design, (*batch, STATISTIC))
-    return _cut(site, reading, sizes, sums)
+        return Named(product.reshape(*left.shape[: len(rest)], len(t)), (*rest, STATISTIC))
+    return contract(q, design, (*batch, STATISTIC))
 
 
 def _cut(site: ClosedSite, reading: Reading, sizes: Mapping[str, int], sums: Named) -> Statistics:
@@ -363,15 +431,6 @@ def _cut(site: ClosedSite, reading: Reading, sizes: Mapping[str, int], sums: Nam
         Named(s[..., 1 + width :], (*lead, PACKED)) if reading.kind == "mvn" else shaped(s[..., 1 + width :])
     )
     return {"n": n, "first": first, "second": second}
-
-
-def _sharpest(site: ClosedSite, values: Values) -> Tensor:
-    """The largest precision in any direction."""
-    if site.kind == "normal":
-        return site.field("precision", values).tensor.max()
-    smallest = torch.linalg.eigvalsh(site.field("covariance", values).tensor).min()
-    sharpest: Tensor = 1 / smallest.clamp_min(torch.finfo(smallest.dtype).tiny)
-    return sharpest
 
 
 def _unled(named: Named) -> Named:
@@ -403,7 +462,7 @@ def _slice(reading: Reading, plate: str | None, begin: int, size: int, total: in
 
 def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
     """The model as tables, or None where something in it is not in them."""
-    if not plan.complete or plan.by_gradient or not plan.closed:
+    if not plan.complete or plan.by_gradient or plan.needs_weights or not plan.closed:
         return None
     with torch.no_grad():
         views, evaluation = problem.model.view(problem.data, problem.initial)
@@ -422,11 +481,8 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
             return None
         readings[name] = reading
     total = problem.num_rows
-    step = (
-        _rows_of_a_piece(plan.sites, readings, evaluation.variables, total)
-        if is_chunkable(problem)
-        else total
-    )
+    chunkable = is_chunkable(problem)
+    step = _rows_of_a_piece(plan.sites, readings, evaluation.variables, total) if chunkable else total
     plates = {n: v.plates for n, v in views.items()}
     constant = 0.0
     for name, view in views.items():
@@ -437,7 +493,7 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
     farthest = _farthest(plan.sites, readings, problem.data_plate, total, step)
     return Tabulated(
         plan.sites, readings, plates, evaluation.variables, evaluation.plate_sizes, problem.data_plate,
-        total, step, constant, farthest, {n: _inner(r, problem.data_plate, total) for n, r in readings.items()},
+        total, chunkable, constant, farthest, {n: _inner(r, problem.data_plate, total) for n, r in readings.items()},
         working_dtype(problem),
     )  # fmt: skip
 
@@ -463,6 +519,7 @@ def _rows_of_a_piece(
     readings: Mapping[str, Reading],
     variables: Mapping[str, Variable],
     total: int,
+    restarts: int = 1,
 ) -> int:
     wide = 0
     for site in sites:
@@ -470,8 +527,8 @@ def _rows_of_a_piece(
         states = prod(variables[d].size for d in site.keep if d in variables)
         value = reading.value.numel() // total if reading.value.numel() >= total else 1
         squares = value * (value + 1) // 2 if site.kind == "mvn" else value
-        wide += states + (1 if reading.labels else 1 + value + squares)
-    return max(256, min(total, _ENTRIES // max(1, wide), 1 << 14))
+        wide += restarts * states + (1 if reading.labels else 1 + value + squares)
+    return max(min(total, 256), min(total, _ENTRIES // max(1, wide), 1 << 14))
 
 
 def _base_total(reading: Reading, plate: str | None, total: int, step: int) -> float:
@@ -494,17 +551,24 @@ def _base_total(reading: Reading, plate: str | None, total: int, step: int) -> f
 def _farthest(
     sites: Sequence[ClosedSite], readings: Mapping[str, Reading], plate: str | None, total: int, step: int
 ) -> dict[str, Tensor]:
-    """The largest squared distance of the data from the reference, by site with a location."""
+    """By site with a location: the largest squared distance of the data from the reference, by event entry [width]."""
     result: dict[str, Tensor] = {}
     for site in sites:
         if site.kind not in ("normal", "mvn"):
             continue
-        top = torch.zeros(())
+        assert site.reference is not None
+        events = _events(readings[site.name])
         for begin in range(0, total, step):
             part = _slice(readings[site.name], plate, begin, min(step, total - begin), total)
             (x,) = part.statistics()
-            assert site.reference is not None
-            far = (x.tensor - align(site.reference, x.dims)).square()
-            top = torch.maximum(top, far.sum(-1).max() if site.kind == "mvn" else far.max())
-        result[site.name] = top
+            inner = tuple(d for d in events if d in x.dims)
+            batch = tuple(d for d in x.dims if d not in inner)
+            far = align(x, (*batch, *inner)) - align(site.reference, (*batch, *inner))
+            top = far.square().reshape(-1, prod(far.shape[len(batch) :])).amax(0)
+            result[site.name] = torch.maximum(result[site.name], top) if site.name in result else top
     return result
+
+
+def one_of(values: Values, restart: int) -> dict[str, Tensor]:
+    """The parameters of one restart, its axis kept."""
+    return {n: v[restart : restart + 1] for n, v in values.items()}
