@@ -35,7 +35,7 @@ from lvmppl.bilinear import mvn_natural, normal_natural, packed_outer
 from lvmppl.density import Factor, Values, Variable, time_axis
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.named import Named, add, align, union
-from lvmppl.exponential import CATEGORY, ROW, Reading, read
+from lvmppl.exponential import CATEGORY, ROW, Reading, read_factor, read_factors
 from lvmppl.families import safe_log
 
 STATISTIC = "·t"
@@ -60,6 +60,7 @@ class Piece:
     designs: Mapping[str, Named]
     masks: Mapping[str, Named | None]
     labels: Mapping[str, Labels]
+    variables: Mapping[str, Variable]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,15 @@ class Tabulated:
         designs = {s.name: _design(readings[s.name], s.reference, self.dtype) for s in designed}
         masks = {n: r.mask() for n, r in readings.items()}
         labels = {s.name: label_sums(readings[s.name], s.keep) for s in self.sites if s.name not in designs}
-        return Piece(size, readings, designs, masks, labels)
+        variables = {n: self._of_rows(v, begin, size) for n, v in self.variables.items()}
+        return Piece(size, readings, designs, masks, labels, variables)
+
+    def _of_rows(self, variable: Variable, begin: int, size: int) -> Variable:
+        """A variable on some rows: chains have lengths by row."""
+        if variable.lengths is None or self.data_plate not in variable.lengths_dims:
+            return variable
+        axis = variable.lengths_dims.index(self.data_plate)
+        return replace(variable, lengths=variable.lengths.narrow(axis, begin, size))
 
     def _is_designed(self, site: ClosedSite) -> bool:
         """Whether the site has a design matrix; labels of categories are looked up instead."""
@@ -166,7 +175,7 @@ class Tabulated:
                 dims = union((factor.dims, mask.dims))
                 factor = Named(torch.where(align(mask, dims) > 0, align(factor, dims), 0.0), dims)
             factors[name] = factor
-        log_evidence, q = self._posterior(factors, piece.size, restarts)
+        log_evidence, q = self._posterior(factors, piece, restarts)
         return log_evidence, self.statistics(piece, q)
 
     def statistics(self, piece: Piece, q: Mapping[str, Named]) -> dict[str, Statistics]:
@@ -186,18 +195,18 @@ class Tabulated:
         return result
 
     def _posterior(
-        self, factors: Mapping[str, Named], size: int, restarts: int
+        self, factors: Mapping[str, Named], piece: Piece, restarts: int
     ) -> tuple[Tensor, dict[str, Named]]:
         """log Z of each restart [R], and q of each factor at its own axes."""
-        if len(self.variables) == 1:
+        if len(self.variables) == 1 and not self.has_chains:
             (variable,) = self.variables.values()
             plates = {self.plates[n] for n in factors}
             if plates == {frozenset(variable.plates)} and set(variable.plates) == {self.data_plate}:
-                return _single(factors, variable.name, self.data_plate, size, restarts)
-        return self._eliminated(factors, size, restarts)
+                return _single(factors, variable.name, self.data_plate, piece.size, restarts)
+        return self._eliminated(factors, piece, restarts)
 
     def _eliminated(
-        self, factors: Mapping[str, Named], size: int, restarts: int
+        self, factors: Mapping[str, Named], piece: Piece, restarts: int
     ) -> tuple[Tensor, dict[str, Named]]:
         extra = frozenset([RESTART])
         leaves, own = [], []
@@ -207,8 +216,8 @@ class Tabulated:
             own.append(Factor(name, leaf, named.dims, self.plates[name] | extra))
         sizes = {**self.sizes, RESTART: restarts}
         if self.data_plate is not None:
-            sizes[self.data_plate] = size
-        variables = {n: replace(v, plates=(*v.plates, RESTART)) for n, v in self.variables.items()}
+            sizes[self.data_plate] = piece.size
+        variables = {n: replace(v, plates=(*v.plates, RESTART)) for n, v in piece.variables.items()}
         with torch.enable_grad():
             done = eliminate(own, variables, sizes, RESTART)
             assert done.per_datum is not None
@@ -466,26 +475,23 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
         return None
     with torch.no_grad():
         views, evaluation = problem.model.view(problem.data, problem.initial)
-    kinds = {s.name: s.kind for s in plan.sites}
-    if set(kinds) != set(views) or any(problem.data_plate in s.keep for s in plan.sites):
+    factors = {n: view for view in views.values() for n in read_factors(view)}
+    if {s.name for s in plan.sites} != set(factors) or any(problem.data_plate in s.keep for s in plan.sites):
         return None
     readings: dict[str, Reading] = {}
-    for name, view in views.items():
-        reading = read(view, kinds[name])
-        site = next(s for s in plan.sites if s.name == name)
-        if reading is None or reading.kind != kinds[name] or set(site.lookups) != set(reading.fields):
+    for site in plan.sites:
+        view, reading = factors[site.name], read_factor(views, site.name, site.kind)
+        if reading is None or reading.kind != site.kind or set(site.lookups) != set(reading.fields):
             return None
-        if isinstance(view.scale, Tensor) or view.scale != 1.0:
+        if isinstance(view.scale, Tensor) or view.scale != 1.0 or not _is_of_the_data(reading):
             return None
-        if not _is_of_the_data(reading):
-            return None
-        readings[name] = reading
+        readings[site.name] = reading
     total = problem.num_rows
     chunkable = is_chunkable(problem)
     step = _rows_of_a_piece(plan.sites, readings, evaluation.variables, total) if chunkable else total
-    plates = {n: v.plates for n, v in views.items()}
+    plates = {n: v.plates for n, v in factors.items()}
     constant = 0.0
-    for name, view in views.items():
+    for name, view in factors.items():
         if readings[name].family.base is not None:
             if not view.observed:
                 return None
@@ -527,7 +533,8 @@ def _rows_of_a_piece(
         states = prod(variables[d].size for d in site.keep if d in variables)
         value = reading.value.numel() // total if reading.value.numel() >= total else 1
         squares = value * (value + 1) // 2 if site.kind == "mvn" else value
-        wide += restarts * states + (1 if reading.labels else 1 + value + squares)
+        steps = max((variables[d].steps or 1 for d in site.keep if d in variables), default=1)
+        wide += restarts * states * steps + (1 if reading.labels else 1 + value + squares)
     return max(min(total, 256), min(total, _ENTRIES // max(1, wide), 1 << 14))
 
 
