@@ -7,9 +7,9 @@
 - `restarts`  20 restarts of a full-covariance mixture with 3 components on Fisher's irises, seconds in all
 - `memmap`    a diagonal mixture of 10 000 000 × 4 data in a .npy memory map, seconds and the peak of resident memory
 
-Everything starts from the same parameters. Milliseconds an iteration are (seconds of b iterations − seconds of a) / (b − a),
-so that what a fit does once counts for nobody; the programs take turns, and what is printed is the median of their
-repetitions and the median of the ratios of paired runs, beside the ratio aimed at. Ours and scikit-learn and hmmlearn
+Everything starts from the same parameters. Milliseconds an iteration are (seconds of b iterations − seconds of a)
+/ (b − a), so that what a fit does once counts for nobody; the programs take turns, and what is printed is the median of
+their repetitions and the median of the ratios of paired runs, beside the ratio aimed at. Ours and scikit-learn and hmmlearn
 work in float64; pomegranate knows float32 only; dynamax is shown in both, its `fit_em` compiled as a whole and warmed
 up. Peers that are not installed are skipped (`pip install scikit-learn pomegranate hmmlearn dynamax`).
 """

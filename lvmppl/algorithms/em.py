@@ -211,7 +211,9 @@ class _Batch:
     def run(self) -> list[Trajectory]:
         options, progress = self.options, self.problem.progress
         progress.start(self.problem.name, 0, options.max_steps)
-        values = start_together(self.problem, options.init, options.restarts, self.run_one.plan, self.tables)
+        values: Mapping[str, Tensor] = start_together(
+            self.problem, options.init, options.restarts, self.run_one.plan, self.tables
+        )
         for step in range(options.max_steps + 1):
             self.run_one._check_tables(step, _picked(values, 0))
             objectives, statistics = self._e_step(values)

@@ -7,7 +7,7 @@ responsibilities r (a chain at every step), hold every continuous site at a draw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -69,7 +69,7 @@ def start_together(
     problem: Problem, init: str, restarts: int, plan: Plan, tables: Tabulated
 ) -> dict[str, Tensor]:
     """The starts of all restarts, [R, *shape], of a model in tables: what `start_values` gives one by one."""
-    if problem.num_rows > CHUNK or not problem.model.structure.enumerated:
+    if not tables.is_one_piece or problem.num_rows > CHUNK or not problem.model.structure.enumerated:
         each = [start_values(problem, init, r, restarts, plan) for r in range(restarts)]
         return {n: torch.stack([own[n] for own in each]) for n in problem.theta}
     rows = Rows(problem.num_rows)

@@ -108,11 +108,20 @@ class Tabulated:
         assert total is not None
         return total + self.constant, statistics
 
+    @property
+    def is_one_piece(self) -> bool:
+        """Whether the data fit the cache whole."""
+        return self._step(1) == self.total
+
+    def _step(self, restarts: int) -> int:
+        """Rows of a piece."""
+        if not self.chunkable:
+            return self.total
+        return _rows_of_a_piece(self.sites, self.readings, self.variables, self.total, restarts)
+
     def pieces(self, restarts: int = 1) -> Iterator[Piece]:
         """The data in order; a single piece is made once for all steps."""
-        step = self.total
-        if self.chunkable:
-            step = _rows_of_a_piece(self.sites, self.readings, self.variables, self.total, restarts)
+        step = self._step(restarts)
         if step == self.total:
             if not self.kept:
                 self.kept[0] = self._prepared(0, self.total)
@@ -544,14 +553,12 @@ def _base_total(reading: Reading, plate: str | None, total: int, step: int) -> f
         part = _slice(reading, plate, begin, min(step, total - begin), total)
         base, mask = part.base(), part.mask()
         assert base is not None
-        value = part.named(part.value).dims if not part.core_rank else base.dims
-        dims = union((base.dims, value))
-        tensor = align(base, dims)
-        if not part.core_rank:
-            tensor = tensor.expand(part.named(part.value).tensor.shape) if dims == value else tensor
-        if mask is not None:
-            tensor = tensor * align(mask, union((dims, mask.dims)))
-        result += float(tensor.sum())
+        value = part.named(part.value, part.core_rank)
+        named = [base, value] if mask is None else [base, value, mask]
+        sizes = {d: n for t in named for d, n in zip(t.dims, t.tensor.shape, strict=True)}
+        dims = tuple(d for d in union(t.dims for t in named) if d not in (CATEGORY, ROW))
+        tensor = align(base, dims).expand([sizes[d] for d in dims])
+        result += float((tensor if mask is None else tensor * align(mask, dims)).sum())
     return result
 
 
