@@ -494,7 +494,7 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
             return None
         if isinstance(view.scale, Tensor) or view.scale != 1.0 or not _is_of_the_data(reading):
             return None
-        readings[site.name] = reading
+        readings[site.name] = _with_common_masks(reading, evaluation.variables)
     total = problem.num_rows
     chunkable = is_chunkable(problem)
     step = _rows_of_a_piece(plan.sites, readings, evaluation.variables, total) if chunkable else total
@@ -502,7 +502,8 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
     constant = 0.0
     for name, view in factors.items():
         if readings[name].family.base is not None:
-            if not view.observed:
+            mask = readings[name].mask()
+            if not view.observed or (mask is not None and set(mask.dims) & set(evaluation.variables)):
                 return None
             constant += _base_total(readings[name], problem.data_plate, total, step)
     farthest = _farthest(plan.sites, readings, problem.data_plate, total, step)
@@ -511,6 +512,18 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
         total, chunkable, constant, farthest, {n: _inner(r, problem.data_plate, total) for n, r in readings.items()},
         working_dtype(problem),
     )  # fmt: skip
+
+
+def _with_common_masks(reading: Reading, variables: Mapping[str, Variable]) -> Reading:
+    """Masks without the axes of enumerated sites along which they were merely repeated."""
+    masks = []
+    for mask in reading.masks:
+        for axis, name in reading.axes.items():
+            at = mask.dim() + axis
+            if name in variables and at >= 0 and bool((mask == mask.narrow(at, 0, 1)).all()):
+                mask = mask.narrow(at, 0, 1)
+        masks.append(mask)
+    return replace(reading, masks=tuple(masks))
 
 
 def _is_of_the_data(reading: Reading) -> bool:
