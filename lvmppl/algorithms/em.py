@@ -203,7 +203,7 @@ class _Batch:
     def __init__(self, run: _Run, tables: Tabulated) -> None:
         self.run_one, self.tables = run, tables
         self.problem, self.options = run.problem, run.options
-        self.done = [Trajectory(r, "log_evidence") for r in range(self.options.restarts)]
+        self.done = [Trajectory(r, run.problem.objective_kind) for r in range(self.options.restarts)]
         self.stopping = [Stopping(self.options.tolerance) for _ in self.done]
         self.best: list[tuple[Mapping[str, Tensor], int]] = [({}, 0) for _ in self.done]
         self.active = list(range(len(self.done)))
@@ -284,7 +284,7 @@ class _Batch:
         self, values: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
     ) -> Mapping[str, Tensor]:
         plan = self.run_one.plan
-        solution = solve(plan.sites, self.problem.model.specs, plan.closed, values, statistics)
+        solution = solve(plan.sites, self.problem.model.specs, plan.closed, values, statistics, plan.priors)
         if any(bool(h.any()) for h in solution.held.values()):
             for position, restart in enumerate(self.active):
                 _note_floor(self.done[restart], solution.floored(position))

@@ -89,7 +89,7 @@ def start_together(
         parts.append(tables.statistics(piece, q))
     statistics = {n: stacked([own[n] for own in parts]) for n in parts[0]}
     values = {n: v.expand(len(parts), *v.shape) for n, v in problem.initial.items() if n in problem.theta}
-    solved = solve(plan.sites, problem.model.specs, plan.closed, values, statistics).values
+    solved = solve(plan.sites, problem.model.specs, plan.closed, values, statistics, plan.priors).values
     if len(parts) == restarts:
         return solved
     return {n: torch.cat([problem.initial[n].unsqueeze(0), v]) for n, v in solved.items()}
