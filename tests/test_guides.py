@@ -281,6 +281,29 @@ def test_step_on_a_table_of_a_million_rows_makes_no_tensor_of_that_size() -> Non
     assert moved.tolist() == sorted(batch.tolist())
 
 
+def test_round_on_a_table_is_undone_at_the_cost_of_the_rows_it_touched() -> None:
+    """Batches of one round overlap: each row goes back to where it stood before the first."""
+    size, batches = 1_000_000, [torch.tensor([5, 999_999]), torch.tensor([17, 5]), torch.tensor([5, 8])]
+    x = torch.zeros(size, dtype=torch.float32)
+    with isolated(0, torch.float32):
+        problem = guided(local(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0)), {"x": x})
+        assert problem.guided is not None
+        stepper = Stepper(problem, problem.initial, problem.free_lambda, "adam", 0.1, None, True)
+        tables = {(n, k): t for n, s in stepper.sparse.items() for k, t in {"": s.table, **s.state}.items()}
+        before = {key: t.clone() for key, t in tables.items()}
+        with _Largest() as largest:
+            stepper.save()
+            for batch in batches:
+                values, own = stepper.values(batch)
+                stepper.update(batch_elbo(problem, problem.guided, values, batch), own, batch, 1.0)
+        moved = {key: int((t != before[key]).sum()) for key, t in tables.items()}
+        stepper.restore()
+    assert 0 < largest.numel <= 100
+    assert set(moved.values()) == {4}
+    for key, table in tables.items():
+        torch.testing.assert_close(table, before[key], rtol=0, atol=0)
+
+
 def test_bag_of_words_counts_tokens_within_the_lengths() -> None:
     tokens, lengths = torch.tensor([[0, 2, 2, 1], [3, 3, 0, 0]]), torch.tensor([3, 1])
     data = {"x": tokens, "lengths": lengths}

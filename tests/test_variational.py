@@ -332,3 +332,13 @@ def test_restarts_of_svi_keep_the_best_and_start_apart(batch_size: int | None) -
     starts = history[history["step"] == 0]["objective"]
     assert starts.nunique() == 3
     assert fit.log_evidence > one.log_evidence + 20
+
+
+def test_vem_on_minibatches_closes_the_gap_of_a_table() -> None:
+    """q holds the posterior: what is left between ELBO and log evidence is how far the steps came."""
+    options: dict[str, Any] = {"max_steps": 60, "learning_rate": 0.1, "batch_size": 4, "tolerance": 0}
+    fit = lvmppl.fit(table_model, {"x": ROWS}, algorithm="vem", guide=table_guide, **options)
+    start = lvmppl.fit(table_model, {"x": ROWS}, algorithm="vem", guide=table_guide, max_steps=1, m_steps=1)
+    assert float(start.history["objective"].iloc[0]) < start.log_evidence - 1.0
+    assert 0 <= fit.log_evidence - fit.elbo < 0.05
+    assert len(fit.history) == 61

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,12 +54,15 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Saved:
-    """The state of a stepper before a step: dense leaves, optimizer state, and (rows of) tables."""
+    """A state of a stepper to go back to: dense leaves, optimizer state, and what moved in tables since.
+
+    moved: of each move of some rows, in order, the table, the rows and what stood there. However many rows a table has, a
+    state costs what the steps since have touched.
+    """
 
     dense: list[Tensor]
     optimizer: dict[str, Any] | None
-    tables: dict[str, dict[str, Tensor]]
-    indices: Tensor | None
+    moved: list[tuple[str, Tensor, dict[str, Tensor]]] = field(default_factory=list)
 
 
 class Stepper:
@@ -147,6 +150,8 @@ class Stepper:
             assert indices is not None
             if leaf.grad is not None:
                 self.average.before_rows(name, self.leaves[name], indices)
+                if self.saved is not None:
+                    self.saved.moved.append((name, indices, self.sparse[name].snapshot(indices)))
                 self.sparse[name].step(leaf.grad, indices, self.rate * factor)
 
     def _closure(self, again: Callable[[], Tensor] | None) -> Callable[[], Tensor]:
@@ -161,11 +166,10 @@ class Stepper:
 
         return closure
 
-    def save(self, indices: Tensor | None = None) -> None:
-        """Keep the present state to go back to; of tables only the rows that the coming step will touch, if given."""
+    def save(self) -> None:
+        """Keep the present state to go back to."""
         state = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
-        tables = {n: s.snapshot(indices) for n, s in self.sparse.items()}
-        self.saved = _Saved([leaf.detach().clone() for leaf in self.dense], state, tables, indices)
+        self.saved = _Saved([leaf.detach().clone() for leaf in self.dense], state)
 
     def restore(self, rate_factor: float = 0.5) -> None:
         """Back to the state last saved (leaves and optimizer state); the learning rate is multiplied by `rate_factor`."""
@@ -177,8 +181,9 @@ class Stepper:
                 leaf.copy_(old)
         if self.optimizer is not None and self.saved.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self.saved.optimizer))
-        for name, rows in self.saved.tables.items():
-            self.sparse[name].restore(rows, self.saved.indices)
+        while self.saved.moved:
+            name, indices, rows = self.saved.moved.pop()
+            self.sparse[name].restore(rows, indices)
 
 
 def batch_elbo(

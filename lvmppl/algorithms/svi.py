@@ -102,7 +102,7 @@ class _Ascent:
             return True
         factor = rate_factor(self.options.rate_schedule, step / self.options.max_steps)
         saved = self.stepper.saved
-        self.stepper.save(indices)
+        self.stepper.save()
         again = (
             (lambda: self._objective(self.stepper.values(indices)[0], indices)) if not self.noisy else None
         )

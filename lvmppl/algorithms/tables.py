@@ -42,21 +42,15 @@ class RowOptimizer:
     def select(self, indices: Tensor) -> Tensor:
         return self.table.index_select(self.axis, indices)
 
-    def snapshot(self, indices: Tensor | None = None) -> dict[str, Tensor]:
-        """Rows of the table and of its state (all when `indices` is None), as copies."""
-        tensors = {"table": self.table, **self.state}
-        if indices is None:
-            return {n: t.detach().clone() for n, t in tensors.items()}
-        return {n: t.index_select(self.axis, indices) for n, t in tensors.items()}
+    def snapshot(self, indices: Tensor) -> dict[str, Tensor]:
+        """Rows of the table and of its state, as copies."""
+        return {n: t.index_select(self.axis, indices) for n, t in {"table": self.table, **self.state}.items()}
 
-    def restore(self, saved: Mapping[str, Tensor], indices: Tensor | None = None) -> None:
+    def restore(self, saved: Mapping[str, Tensor], indices: Tensor) -> None:
         """What `snapshot(indices)` gave, put back."""
         with torch.no_grad():
             for name, tensor in {"table": self.table, **self.state}.items():
-                if indices is None:
-                    tensor.copy_(saved[name])
-                else:
-                    tensor.index_copy_(self.axis, indices, saved[name])
+                tensor.index_copy_(self.axis, indices, saved[name])
 
     def step(self, grad: Tensor, indices: Tensor, rate: float) -> None:
         """One descent step of the rows along their gradient."""

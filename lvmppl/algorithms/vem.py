@@ -98,9 +98,9 @@ class _Alternation:
 
     def objective(self) -> float:
         with torch.no_grad():
-            value = batch_elbo(
-                self.problem, self.joint, self.values(), self.watch.training, self.options.num_particles
-            )
+            indices = self.batches.next()
+            values = self.m_step.values(indices)[0]  # where the other stepper stands, as `share` left it
+            value = self._elbo(values, indices)
         return float(value)
 
     def run(self, step: int, factor: float) -> None:
