@@ -9,67 +9,30 @@ Shapes: C = (C₁, …) configurations, N data, S samples, d stacked continuous 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
 from lvmppl.density import Variable
 from lvmppl.errors import InputError
 from lvmppl.exact.continuous import Block, Layout
-from lvmppl.exact.gaussian import GaussianPosterior
 from lvmppl.exact.named import log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
-from lvmppl.exact.state_space import StateSpacePosterior
 from lvmppl.posterior_frames import categorical_of, probability_frame
 from lvmppl.posteriors import Mode
-
-
-class Path:
-    """A state-space posterior over [*rows, T, d] as one over stacked vectors [*rows, T·d]."""
-
-    def __init__(self, posterior: StateSpacePosterior) -> None:
-        self.posterior = posterior
-        self.shape = posterior.mean.shape[-2:]
-
-    @property
-    def log_evidence(self) -> Tensor:
-        return self.posterior.log_evidence
-
-    @property
-    def mean(self) -> Tensor:
-        return self.posterior.mean.flatten(-2)
-
-    @property
-    def variance(self) -> Tensor:
-        return self.posterior.covariance.diagonal(dim1=-2, dim2=-1).flatten(-2)
-
-    @property
-    def entropy(self) -> Tensor:
-        return self.posterior.entropy
-
-    def nodes(self) -> tuple[Tensor, Tensor]:
-        paths, weights = self.posterior.nodes()
-        return paths.flatten(-2), weights
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.posterior.sample(n, generator).flatten(-2)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return self.posterior.log_prob(z.unflatten(-1, self.shape))
-
-
-Kernel = GaussianPosterior | QuadraturePosterior | Path
 
 
 @dataclass(frozen=True, eq=False)
 class ContinuousPosterior:
     """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
 
-    kind: `exact` or `quadrature`; log_evidence_error bounds the absolute error of the total (0 for the Gaussian).
+    kind: `exact`, `quadrature`, or `estimate` where log p(x, z) was found quadratic at random points and no more is known
+    (`proven` is False); log_evidence_error bounds the absolute error of the total (0 for the Gaussian, NaN: unknown).
     constant: what factors outside of the data plate add to the log evidence, where rows are data.
     """
 
@@ -79,10 +42,24 @@ class ContinuousPosterior:
     data_plate: str | None
     engine: str
     constant: float = 0.0
+    proven: bool = True
+
+    def __post_init__(self) -> None:
+        if bool((self._by_row == -torch.inf).any()):
+            message = f"log evidence is -inf: the model gives probability 0 to {self._impossible}"
+            warnings.warn(message, stacklevel=3)
+
+    @property
+    def _impossible(self) -> str:
+        """What has probability 0, in words."""
+        rows = torch.nonzero(self._by_row == -torch.inf).flatten().tolist()
+        return "datum " + _first_few(rows) if self.layout.local else "the data"
 
     @property
     def kind(self) -> str:
-        return "quadrature" if isinstance(self.kernel, QuadraturePosterior) else "exact"
+        if isinstance(self.kernel, QuadraturePosterior):
+            return "quadrature"
+        return "exact" if self.proven else "estimate"
 
     @property
     def _lead(self) -> tuple[int, ...]:
@@ -116,7 +93,7 @@ class ContinuousPosterior:
     def log_evidence_error_per_datum(self) -> Tensor:
         """Bound on the absolute error of log p(x⁽ⁿ⁾) [N]: that of each configuration, weighted by its probability."""
         if not isinstance(self.kernel, QuadraturePosterior):
-            return torch.zeros_like(self._by_row)
+            return torch.full_like(self._by_row, 0.0 if self.proven else math.nan)
         error = self.kernel.log_evidence_error
         # |log Σ e^{a+δ} − log Σ e^a| ≤ max |δ| over configurations that matter, hence ≤ log Σ p(c) e^{|δ|}
         weights = self._weights.log() + error
@@ -160,36 +137,11 @@ class ContinuousPosterior:
         if site in self.layout.discrete:
             return categorical_of(self.probabilities(site))
         block = self._block(site)
-        if isinstance(self.kernel, QuadraturePosterior):
-            empirical: torch.distributions.Distribution = self._empirical(block, self.kernel)
-            return empirical
-        part = slice(block.begin, block.begin + block.size)
-        if isinstance(self.kernel, Path):
-            normal = torch.distributions.Normal(
-                self.kernel.mean[..., part], self.kernel.variance[..., part].sqrt()
-            )
-            return self._mixed(normal)
-        mean, covariance = self.kernel.mean[..., part], self.kernel.covariance[..., part, part]
-        if not self._lead:
-            return torch.distributions.MultivariateNormal(mean, covariance)
-        count = math.prod(self.layout.discrete_sizes)
-        rows = mean.shape[len(self._lead) : -1]
-        components: torch.distributions.Distribution = torch.distributions.MultivariateNormal(
-            mean.reshape(count, *rows, block.size).movedim(0, -2),
-            covariance.reshape(count, *rows, block.size, block.size).movedim(0, -3),
-        )
-        weights = categorical_of(self._weights.reshape(count, *rows).movedim(0, -1))
-        return torch.distributions.MixtureSameFamily(weights, components)
-
-    def _empirical(self, block: Block, kernel: QuadraturePosterior) -> Any:
-        from pyro.distributions import Empirical
-
-        points = kernel.points[..., block.begin : block.begin + block.size]
-        weights = kernel.log_weights + self._weights.log()
-        count = points.shape[0] * math.prod(self.layout.discrete_sizes)
-        rows = points.shape[1 + len(self._lead) : -1]
-        flat = points.reshape(count, *rows, block.size).movedim(0, len(rows))
-        return Empirical(flat, weights.reshape(count, *rows).movedim(0, len(rows)))
+        if isinstance(self.kernel, Path) and block.size > self.kernel.shape[-1]:
+            part = slice(block.begin, block.begin + block.size)
+            mean, variance = self.kernel.mean[..., part], self.kernel.variance[..., part]
+            return self._mixed(torch.distributions.Normal(mean, variance.sqrt()))
+        return marginal_over(self.kernel, self._weights, self.layout.discrete, block.columns)
 
     def _mixed(self, normal: torch.distributions.Normal) -> torch.distributions.Distribution:
         """Elementwise marginals of a path; only without enumerated sites are they Normal."""
@@ -228,7 +180,8 @@ class ContinuousPosterior:
             height = value - self.kernel.log_evidence.detach()
         else:
             point, height = self.kernel.mean, self.kernel.log_prob(self.kernel.mean)
-        height = height + self._weights.log()
+        weights = self._weights
+        height = torch.where(weights > 0, height + weights.log(), -torch.inf)
         count = math.prod(self.layout.discrete_sizes)
         rows = height.shape[len(self._lead) :]
         best = height.reshape(count, *rows).argmax(0)  # [N]
@@ -242,7 +195,15 @@ class ContinuousPosterior:
         )
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
-        """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine."""
+        """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine.
+
+        Raises:
+            InputError: the model gives probability 0 to a datum, so that it has no posterior.
+        """
+        if bool((self._by_row == -torch.inf).any()):
+            raise InputError(
+                "sample", "data that the model can produce", f"probability 0 for {self._impossible}"
+            )
         generator = torch.Generator(device=self.kernel.mean.device).manual_seed(seed)
         draws = self.kernel.sample(num_samples, generator)  # [S, *C, N, d]
         count = math.prod(self.layout.discrete_sizes)
@@ -255,28 +216,75 @@ class ContinuousPosterior:
         return self._as_sites(flat.gather(1, index)[:, 0], picked)
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
-        """log p(z, c | x) of one value for every site, shaped as `sample` gives them without S: [N] (global: scalar)."""
+        """log p(z, c | x) of a value for every site, shaped as `sample` gives them, with S or without: [S?, N] (global:
+        [S?])."""
         missing = [
             n for n in (*self.layout.discrete, *(b.name for b in self.layout.blocks)) if n not in assignment
         ]
         if missing:
             raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
         rows = self._weights.shape[len(self._lead) :]
-        parts = [torch.as_tensor(assignment[b.name]).reshape(*rows, b.size) for b in self.layout.blocks]
-        z = torch.cat(parts, -1)
-        table = self.kernel.log_prob(z.expand(1, *self._weights.shape, -1))[0] + self._weights.log()
-        table = table.reshape(math.prod(self.layout.discrete_sizes), *rows)
-        index = torch.zeros(rows, dtype=torch.long)
+        lead = self._samples_of(assignment)
+        parts = [torch.as_tensor(assignment[b.name]).reshape(-1, *rows, b.size) for b in self.layout.blocks]
+        z = torch.cat(parts, -1)  # [S, *rows, d]
+        spread = z.reshape(len(z), *[1] * len(self._lead), *z.shape[1:])
+        table = self.kernel.log_prob(spread.expand(len(z), *self._weights.shape, -1)) + self._weights.log()
+        table = table.reshape(len(z), math.prod(self.layout.discrete_sizes), *rows)
+        index = torch.zeros((len(z), *rows), dtype=torch.long, device=z.device)
         for name, size in zip(self.layout.discrete, self.layout.discrete_sizes, strict=True):
-            index = index * size + self._state_of(name, torch.as_tensor(assignment[name])).reshape(rows)
-        result = table.gather(0, index.unsqueeze(0))[0]
-        return result if self.layout.local else result.reshape(())
+            index = index * size + self._state_of(name, torch.as_tensor(assignment[name])).reshape(-1, *rows)
+        result = table.gather(1, index.unsqueeze(1))[:, 0]
+        return result.reshape(*lead, *rows) if self.layout.local else result.reshape(lead)
+
+    def _samples_of(self, assignment: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """(S,) where values have a leading axis of samples, () where not."""
+        block = self.layout.blocks[0]
+        value = torch.as_tensor(assignment[block.name])
+        shape = self.moments(block.name)[0].shape
+        if value.shape == shape:
+            return ()
+        if value.shape[1:] == shape:
+            return (len(value),)
+        raise InputError(
+            f"log_prob: site '{block.name}'",
+            f"shape {tuple(shape)}, or samples of it",
+            f"shape {tuple(value.shape)}",
+        )
 
     def _state_of(self, name: str, value: Tensor) -> Tensor:
         match = self.variables[name].support.reshape(-1, *[1] * value.dim()) == value
         if not bool(match.any(0).all()):
             raise InputError(f"log_prob: site '{name}'", "values in its support", "a value outside it")
         return match.to(torch.uint8).argmax(0)
+
+    def pair_marginal(
+        self, first: str, second: str | None = None
+    ) -> Tensor | torch.distributions.Distribution:
+        """The joint marginal of two sites given the data.
+
+        Of two enumerated sites p(j, k | x) [N, J, K]. Of two continuous ones, what `marginal` is of one, over their
+        stacked elements (in a path: of one step, or of two neighbouring ones). Of an enumerated and a continuous site
+        p(z | c, x), a batch [N, K] of such distributions, to go with `probabilities(c)`. Of a path that is one site:
+        its neighbouring steps, Normals over the stacked pairs [N, T − 1, 2d].
+        """
+        discrete = [n for n in (first, second) if n in self.layout.discrete]
+        if second is None or first == second:
+            block = self._block(first)
+            if not isinstance(self.kernel, Path) or block.size != self.layout.dim or self._lead:
+                expected = "two different sites, or one that is a path"
+                raise InputError("pair_marginal", expected, f"'{first}'", "use marginal(site)")
+            return neighbours(self.kernel)
+        if len(discrete) == 2:
+            axes = [self._axis(n) for n in (first, second)]
+            others = [a for a in self._lead if a not in axes]
+            table = self._weights.sum(others) if others else self._weights
+            table = table if axes[0] < axes[1] else table.transpose(0, 1)
+            table = table.movedim((0, 1), (-2, -1))
+            return table if self.layout.local else table.reshape(table.shape[-2:])
+        blocks = [self._block(n) for n in (first, second) if n not in discrete]
+        columns = [c for block in blocks for c in block.columns]
+        given = self._axis(discrete[0]) if discrete else None
+        return marginal_over(self.kernel, self._weights, self.layout.discrete, columns, given)
 
     def entropy(self) -> Tensor:
         """Differential entropy of z plus entropy of c: H[c | x] + E H[z | c, x], per datum [N] (global: scalar)."""
@@ -332,6 +340,10 @@ class ContinuousPosterior:
                 return block
         listing = ", ".join([*self.layout.discrete, *(b.name for b in self.layout.blocks)])
         raise InputError("posterior", f"one of the latent sites ({listing})", f"'{site}'")
+
+
+def _first_few(rows: list[int]) -> str:
+    return ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
 
 def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFrame:

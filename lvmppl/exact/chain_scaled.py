@@ -292,7 +292,7 @@ class Scaled:
             else transition[: run.rows, span].transpose(0, 1)
         )
         steps = self.arithmetic.views(matrices)
-        return steps * (run.stop - run.start) if self.chain.homogeneous else steps
+        return [steps[0]] * (run.stop - run.start) if self.chain.homogeneous else steps
 
     def _fresh(self) -> Tensor:
         """A tensor like ℓ̃ to be filled, 0 where padding will not be."""

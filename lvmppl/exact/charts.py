@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.exact.evaluation import LogJoint, evaluate
-from lvmppl.exact.modes import Modes
+from lvmppl.exact.modes import Modes, square_range
 
 # a: standard deviations up to which the map is linear, while a chart is sought; then 4 if all of the density
 # is within 12 standard deviations, 1 if it reaches beyond 100: a longer straight part suits light tails, a
@@ -50,8 +50,9 @@ class Partition:
         if len(self.centre) == 1:
             return z.new_zeros(z.shape[:-1])
         away = applied(self.white, z - self.centre.unsqueeze(1))  # [K, S, N, d]
-        # Distances beyond 1e150 are all alike, and their squares would overflow.
-        square = away.clamp(-1e150, 1e150).square().sum(-1) + self.square.unsqueeze(1)
+        # Distances whose squares would overflow are all alike.
+        far = square_range(away.dtype)[1]
+        square = away.clamp(-far, far).square().sum(-1) + self.square.unsqueeze(1)
         logs = (-POWER * square.log()).masked_fill(~self.present.unsqueeze(1), -torch.inf)
         return logs[k] - logs.logsumexp(0)
 
@@ -131,7 +132,7 @@ def partition_of(modes: Modes) -> Partition:
     cholesky = torch.linalg.cholesky_ex((share * (modes.scale @ modes.scale.mT)).sum(0)).L
     white = torch.linalg.solve_triangular(cholesky, torch.eye(dim).to(cholesky), upper=False)
     square = (white @ modes.scale).det().abs() ** (2.0 / dim)
-    return Partition(modes.centre, square.clamp(min=1e-300), white, modes.present)
+    return Partition(modes.centre, square.clamp(min=torch.finfo(square.dtype).tiny), white, modes.present)
 
 
 def charts_of(density: Density, modes: Modes) -> list[Chart]:

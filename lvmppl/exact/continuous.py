@@ -37,6 +37,10 @@ class Block:
     inner: tuple[str, ...]  # plates, besides the data plate of a row per datum, whose elements are stacked
     event_shape: tuple[int, ...]
 
+    @property
+    def columns(self) -> range:
+        return range(self.begin, self.begin + self.size)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -126,7 +130,7 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
 def _transform(site: SiteInfo) -> Transform:
     """ℝ → support, elementwise."""
     support = site.support
-    while isinstance(support, constraints.independent):
+    while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
     if support is constraints.real or support is constraints.real_vector:
         return identity_transform
@@ -182,8 +186,12 @@ class LogJointOfModel:
         self.joint, self.data, self.values, self.layout = joint, data, values, layout
         self.plate = joint.structure.data_plate
 
+    def evaluation(self, z: Tensor) -> Evaluation:
+        """The factors with the sites held at z."""
+        return held_at(self.joint, self.layout, z).evaluate(self.data, self.values)
+
     def __call__(self, z: Tensor) -> Tensor:
-        evaluation = held_at(self.joint, self.layout, z).evaluate(self.data, self.values)
+        evaluation = self.evaluation(z)
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
         shape = z.shape[:-1]  # [S, *rows]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lvmppl.continuous_posteriors import ContinuousPosterior, Kernel, Path
-from lvmppl.density import Joint, Values
+from lvmppl.continuous_posterior_marginals import Kernel, Path
+from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.density import POINTS, Evaluation, Joint, Values, unvalidated
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import (
     MAX_DENSE,
@@ -19,9 +20,11 @@ from lvmppl.exact.continuous import (
 )
 from lvmppl.exact.evaluation import NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
-from lvmppl.exact.quadrature import quadrature
+from lvmppl.exact.quadrature import QuadraturePosterior, quadrature
 from lvmppl.exact.state_space import state_space_posterior
 
+_GAUSSIAN = frozenset({"Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
+_MANY_MODES = frozenset({"Unit", "MixtureSameFamily"})  # pyro.factor is a Unit
 SHORT_PATH = 8  # steps from which a sequence of equal sites is tried as a path, in O(T)
 
 
@@ -32,6 +35,11 @@ def continuous_posterior(joint: Joint, data: Values, values: Values) -> Continuo
         IntractableError: neither applies; names the sites, their dimensions and what can be used instead.
         ImproperPosterior: the posterior has no finite integral.
     """
+    with unvalidated():  # points far from the mode over- and underflow on purpose
+        return _continuous_posterior(joint, data, values)
+
+
+def _continuous_posterior(joint: Joint, data: Values, values: Values) -> ContinuousPosterior:
     evaluation = _probe(joint, data, values)
     layout = layout_of(joint, evaluation)
     log_joint = LogJointOfModel(joint, data, values, layout)
@@ -40,10 +48,43 @@ def continuous_posterior(joint: Joint, data: Values, values: Values) -> Continuo
     variables = {n: evaluation.variables[n] for n in layout.discrete}
     kernel, engine = _solve(log_joint, rows, layout, joint, data, values, dtype)
     constant = float(constant_part(joint, evaluation, layout))
-    return ContinuousPosterior(kernel, layout, variables, joint.structure.data_plate, engine, constant)
+    suspects = [] if isinstance(kernel, QuadraturePosterior) else _not_gaussian(log_joint)
+    if suspects:
+        engine += f", an estimate: nothing proves it between those points for {', '.join(suspects)}"
+    plate = joint.structure.data_plate
+    return ContinuousPosterior(kernel, layout, variables, plate, engine, constant, proven=not suspects)
 
 
-def _probe(joint: Joint, data: Values, values: Values):  # type: ignore[no-untyped-def]
+def _families(log_joint: LogJointOfModel) -> set[str]:
+    """Families of the sites that depend on the continuous ones."""
+    return set(_dependent(log_joint).values())
+
+
+def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
+    """The sites that depend on the continuous ones, with their families."""
+    rows, dim = log_joint.layout.rows(log_joint.plate), log_joint.layout.dim
+    z = torch.linspace(-1.0, 1.0, 2 * dim).reshape(2, *[1] * len(rows), dim).expand(2, *rows, dim)
+    transform = log_joint.layout.transform
+    sites = log_joint.joint.structure.sites
+    with torch.no_grad():
+        factors = log_joint.evaluation(z if transform is None else transform(z)).factors
+    return {f.site: sites[f.site].family for f in factors if POINTS in f.dims and f.site in sites}
+
+
+def _not_gaussian(log_joint: LogJointOfModel) -> list[str]:
+    """Sites that depend on the continuous ones and are not Gaussian: that log p is quadratic at random points is then
+    no proof that it is so everywhere (a narrow second mode may lie between them)."""
+    return [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f not in _GAUSSIAN]
+
+
+def _many_starts(dim: int, rows: tuple[int, ...]) -> Tensor:
+    """Starts [S, *rows, d] all over the space, denser towards the origin: a climb finds a mode that a scan steps over."""
+    axis = 2.0 * torch.linspace(-6.0, 6.0, {1: 129, 2: 11, 3: 5}[dim]).sinh()
+    grid = torch.cartesian_prod(*[axis] * dim).reshape(-1, *[1] * len(rows), dim)
+    return grid.expand(len(grid), *rows, dim)
+
+
+def _probe(joint: Joint, data: Values, values: Values) -> Evaluation:
     with torch.no_grad():
         return joint.evaluate(data, values)
 
@@ -79,6 +120,11 @@ def _solve(
         if layout.dim <= MAX_DENSE:
             try:
                 found = gaussian_posterior(log_joint, rows, layout.dim, dtype=dtype)
+                suspects = _not_gaussian(log_joint) if layout.dim <= QUADRATURE_DIMS else []
+                if suspects:
+                    raise NotQuadratic(
+                        "log joint", f"{', '.join(suspects)} may be anything between the points", 0.0
+                    )
                 return (
                     found,
                     f"Gaussian: log p(x, z) is quadratic in {names}{given} (checked at random points)",
@@ -100,8 +146,14 @@ def _solve(
         return _Selected(joint, data, values, layout, index)  # type: ignore[return-value]
 
     chosen = select if layout.local else None
-    found = quadrature(log_joint, rows, layout.dim, transform=layout.transform, select=chosen, dtype=dtype)  # type: ignore[assignment]
-    return found, f"quadrature over {names} ({layout.dim} dimensions a row){given}: {why}"
+    starts = _many_starts(layout.dim, rows) if _families(log_joint) & _MANY_MODES else None
+    found = quadrature(  # type: ignore[assignment]
+        log_joint, rows, layout.dim, transform=layout.transform, starts=starts, select=chosen, dtype=dtype
+    )
+    text = f"quadrature over {names} ({layout.dim} dimensions a row){given}: {why}"
+    if starts is not None:
+        text += "; its error does not cover a narrow mode, far from all others, that a factor may hide"
+    return found, text
 
 
 def _listed(names: list[str]) -> str:

@@ -19,12 +19,18 @@ from lvmppl.exact.evaluation import LogJoint, evaluate, value_and_gradient
 
 # A mode whose Laplace mass is this much below the best one's, in nats, cannot matter.
 NEGLIGIBLE = 40.0
-MAX_MODES = 8
+MAX_MODES = {1: 24, 2: 12, 3: 8}
 
 # Points an axis of the scan, and the asinh of half its reach: spacings grow with the distance from its
 # centre.
 SCAN = {1: (257, 6.0), 2: (33, 4.0), 3: (13, 3.0)}
-PEAKS = 8
+PEAKS = {1: 48, 2: 24, 3: 12}
+
+
+def square_range(dtype: torch.dtype) -> tuple[float, float]:
+    """The smallest and largest length whose square can still be held."""
+    return torch.finfo(dtype).tiny ** 0.5, torch.finfo(dtype).max ** 0.5 / 8
+
 
 # The log joint of some of the rows, given their indices [M].
 Restrict = Callable[[Tensor], LogJoint]
@@ -58,19 +64,20 @@ def find_modes(
     everything = torch.arange(num_rows, device=like.device)
     whole = restrict(everything)
     origin, unit = like.new_zeros(num_rows, dim), torch.eye(dim).to(like).expand(num_rows, dim, dim)
-    first = _scan_peaks(whole, origin, unit, chunk)
+    most = MAX_MODES[dim]
+    first, missed = _scan_peaks(whole, origin, unit, chunk)
     extra = torch.cat([torch.zeros(1, dim), 3.0 * torch.eye(dim), -3.0 * torch.eye(dim)]).to(like)
     first = torch.cat([first, extra.unsqueeze(1).expand(-1, num_rows, -1)])
     points, values = ascend(whole, first if starts is None else torch.cat([first, starts]), chunk)
     value, which = values.max(0)
     best = points[which, everything]
-    second = _scan_peaks(whole, best, local_scale(whole, best, value, chunk), chunk)
+    second, more_missed = _scan_peaks(whole, best, local_scale(whole, best, value, chunk), chunk)
+    missed = missed | more_missed
     more, heights = ascend(whole, second, chunk)
     points, values = torch.cat([points, more]), torch.cat([values, heights])
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     left = torch.where(values.isfinite(), values, -torch.inf)
-    missed = torch.zeros(num_rows, dtype=torch.bool, device=like.device)
-    for k in range(MAX_MODES * 2):
+    for k in range(most * 2):
         rows = everything if k == 0 else (left > -torch.inf).any(0).nonzero().squeeze(-1)
         if len(rows) == 0:
             break
@@ -80,8 +87,8 @@ def find_modes(
         part = restrict(rows)
         scale = local_scale(part, centre, value, chunk)
         new = _distinct(found, rows, centre, scale, value)
-        missed[rows] |= new & (kept >= MAX_MODES)
-        found.append(_spread(rows, num_rows, centre, scale, value, new & (kept < MAX_MODES)))
+        missed[rows] |= new & (kept >= most)
+        found.append(_spread(rows, num_rows, centre, scale, value, new & (kept < most)))
         left[which, rows] = -torch.inf
         left[:, rows] = _unexplained(part, points[:, rows], left[:, rows], centre, value, scale, chunk)
     else:
@@ -89,8 +96,10 @@ def find_modes(
     return _packed(found, missed)
 
 
-def _scan_peaks(log_density: LogJoint, centre: Tensor, scale: Tensor, chunk: int) -> Tensor:
-    """The highest local maxima of the log density over a grid around ``centre [N, d]``: ``[PEAKS, N, d]``."""
+def _scan_peaks(log_density: LogJoint, centre: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    """The highest local maxima of the log density over a grid around ``centre [N, d]``: ``[PEAKS, N, d]``, and the
+    rows ``[N]`` that have more of them that may matter.
+    """
     rows, dim = centre.shape
     count, reach = SCAN[dim]
     axis = 2.0 * torch.linspace(-reach, reach, count).to(centre).sinh()
@@ -100,8 +109,27 @@ def _scan_peaks(log_density: LogJoint, centre: Tensor, scale: Tensor, chunk: int
     pool = (max_pool1d, max_pool2d, max_pool3d)[dim - 1]
     around = pool(values.T.reshape(rows, 1, *[count] * dim), 3, 1, 1).reshape(rows, -1).T
     peaks = torch.where(values >= around, values, -torch.inf)
-    index = peaks.topk(PEAKS, 0).indices.unsqueeze(-1).expand(-1, -1, dim)
-    return torch.gather(z, 0, index)
+    heights, index = peaks.topk(PEAKS[dim] + 1, 0)
+    missed = heights[-1] > heights[0] - NEGLIGIBLE
+    if bool(missed.any()):  # a plateau is one peak, though each of its points is as high as those around it
+        grids = values.T.reshape(rows, *[count] * dim)
+        strict = torch.where((grids > _highest_neighbour(grids)).reshape(rows, -1).T, values, -torch.inf)
+        missed = strict.topk(PEAKS[dim] + 1, 0).values[-1] > heights[0] - NEGLIGIBLE
+    return torch.gather(z, 0, index[:-1].unsqueeze(-1).expand(-1, -1, dim)), missed
+
+
+def _highest_neighbour(grids: Tensor) -> Tensor:
+    """The maximum over the 3ᵈ − 1 points around each point of ``[N, *d]``."""
+    dim = grids.dim() - 1
+    padded = torch.nn.functional.pad(grids, (1, 1) * dim, value=-torch.inf)
+    highest = torch.full_like(grids, -torch.inf)
+    for shift in itertools.product((0, 1, 2), repeat=dim):
+        if shift != (1,) * dim:
+            window = padded[
+                (slice(None), *(slice(s, s + n) for s, n in zip(shift, grids.shape[1:], strict=True)))
+            ]
+            highest = torch.maximum(highest, window)
+    return highest
 
 
 def ascend(log_density: LogJoint, start: Tensor, chunk: int, iterations: int = 80) -> tuple[Tensor, Tensor]:
@@ -156,10 +184,12 @@ def local_scale(log_density: LogJoint, centre: Tensor, value: Tensor, chunk: int
     for _ in range(16):
         ahead = evaluate(log_density, centre + torch.cat([axes, -axes]) * size, chunk)
         drop = (value - torch.maximum(ahead[:dim], ahead[dim:])).T  # [N, d]
-        factor = (0.5 / drop.clamp(min=1e-300)).sqrt().clamp(1e-3, 1e3).nan_to_num(nan=1e-3)
+        factor = (
+            (0.5 / drop.clamp(min=torch.finfo(drop.dtype).tiny)).sqrt().clamp(1e-3, 1e3).nan_to_num(nan=1e-3)
+        )
         if ((drop > 0.2) & (drop < 1.0)).all():
             break
-        size = (size * factor).clamp(1e-150, 1e150)
+        size = (size * factor).clamp(*square_range(size.dtype))
     pairs = list(itertools.combinations(range(dim), 2))
     steps = [a * s for i, j in pairs for a in (axes[i] + axes[j], axes[i] - axes[j]) for s in (1.0, -1.0)]
     around = evaluate(log_density, centre + torch.stack([*axes, *-axes, *steps]) * size, chunk)

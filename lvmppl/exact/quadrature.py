@@ -297,10 +297,27 @@ class _Block:
 
 
 def _saturated(transform: Transform, z: Tensor, points: Tensor, log_weight: Tensor) -> Tensor:
-    """Error from nodes where the support's edge is reached in floating point, so the density beyond cannot be
-    seen: ``[N]``.
+    """Error from where the support's edge is reached in floating point, so the density beyond cannot be seen: ``[N]``.
+
+    A power law at the edge is an exponential in z: what lies beyond is the geometric continuation of the masses of the
+    last two bands before the edge, each a fifth of the way to it.
     """
     back = transform.inv(points)
-    lost = ((back - z).abs() > 1e-2 * (1.0 + z.abs())).any(-1) | ~back.isfinite().all(-1)
-    mass = torch.where(lost, log_weight.exp(), 0.0).sum(0)
-    return torch.where(mass > 1e-3, torch.inf, 100.0 * mass)
+    lost = ((back - z).abs() > 1e-2 * (1.0 + z.abs())) | ~back.isfinite()
+    weight = log_weight.exp()
+    mass = torch.where(lost.any(-1), weight, 0.0).sum(0)
+    error = torch.where(mass > 1e-3, torch.inf, 100.0 * mass)
+    for side in (z, -z):
+        edge = torch.where(lost & (side > 0), side, torch.inf).amin(0)  # [N, d]
+        share = torch.where(edge.isfinite(), side / edge, 0.0)
+        bands = [
+            torch.where((share > low) & (share <= low + 0.2), weight.unsqueeze(-1), 0.0).sum(0)
+            for low in (0.6, 0.8)
+        ]
+        falling = bands[1] < bands[0]
+        ratio = torch.where(falling, bands[1] / torch.where(falling, bands[0], 1.0), 0.0)
+        beyond = torch.where(
+            falling, bands[1] * ratio / (1.0 - ratio), torch.where(bands[1] > 0, torch.inf, 0.0)
+        )
+        error = error + 2.0 * beyond.sum(-1)
+    return error
