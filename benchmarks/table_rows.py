@@ -55,7 +55,7 @@ def measure(count: int) -> str:
     with isolated(0, torch.float64), unvalidated():
         x = 1.0 + torch.randn(count)
         problem = build_problem("a", model, {"x": x}, guide=guide)
-        ascent = _Ascent(problem, SVIOptions(batch_size=BATCH, max_steps=10 * STEPS))
+        ascent = _Ascent(problem, SVIOptions(batch_size=BATCH, max_steps=10 * STEPS), 0)
         ascent.stepper.average.begin(ascent.stepper.leaves)
         for step in range(20):
             ascent._step(step, ascent.batches.next())

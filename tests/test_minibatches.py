@@ -157,7 +157,7 @@ def largest_allocation_of_a_step(count: int, optimizer: Any = "adam") -> int:
     options = SVIOptions(batch_size=10, max_steps=count // 2, optimizer=optimizer)
     with isolated(0, torch.float64), unvalidated():
         problem = build_problem("a", local_normal, {"x": values(count)}, guide=table_guide)
-        ascent = _Ascent(problem, options)
+        ascent = _Ascent(problem, options, 0)
         ascent._step(0, ascent.batches.next())
         with Allocations() as seen:
             ascent._step(1, ascent.batches.next())
@@ -238,7 +238,7 @@ def watched(seed: int, **options: Any) -> tuple[Iterates, Trajectory]:
     with isolated(seed, torch.float64), unvalidated():
         data = {"x": values(200)}
         problem = build_problem("a", mean_model, data, guide=mean_guide, progress=seen, seed=seed)
-        seen.ascent = _Ascent(problem, SVIOptions(batch_size=10, learning_rate=0.05, **options))
+        seen.ascent = _Ascent(problem, SVIOptions(batch_size=10, learning_rate=0.05, **options), 0)
         return seen, seen.ascent.run()
 
 
