@@ -181,7 +181,7 @@ def _number(value: Any, row: Any, column: str) -> str:
     if value is None or not isinstance(value, float | int) or math.isnan(value):
         return ""
     mark = {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "} if column == "log_evidence" else {}
-    return f"{mark.get(row['log_evidence_kind'], '')}{value:.4f}"
+    return f"{mark.get(row['log_evidence_kind'], '')}{round(value, 4) + 0.0:.4f}"
 
 
 def check_table(lines: list[tuple[str, bool, str]]) -> Any:

@@ -47,7 +47,7 @@ class GuideWeights:
         self.chains = {n: variables[n] for n in sorted(names) if variables[n].steps is not None}
         self.own = {f.site: f for f in factors if f.site.removesuffix(MOVES) in names}
         self.variables = {n: variables[n] for n in names if n not in self.chains}
-        self.names = names - self.chains.keys()
+        self.every, self.names = names, names - self.chains.keys()
         self._known: dict[frozenset[str], Named] = {}
         self._steps: dict[str, tuple[Named, Named]] = {}
 
@@ -95,6 +95,19 @@ class GuideWeights:
                 time, steps = time_axis(variable.steps), self.chain(name)[0]
                 parts.append(steps if time in dims else Named(steps.tensor[0], steps.dims[1:]))
         return parts
+
+    def without(self, name: str) -> GuideWeights:
+        """q of the sites but one; of what was computed, the chains' marginals are kept."""
+        rest = GuideWeights(tuple(self.own.values()), self.variables | self.chains, self.every - {name})
+        rest._steps.update({n: found for n, found in self._steps.items() if n != name})
+        return rest
+
+    def with_site(self, name: str, factors: Sequence[Factor]) -> GuideWeights:
+        """The same with other log-factors for one site; marginals of the other chains are kept."""
+        kept = [f for f in self.own.values() if f.site.removesuffix(MOVES) != name]
+        new = GuideWeights((*kept, *factors), self.variables | self.chains, self.every)
+        new._steps.update({n: found for n, found in self._steps.items() if n != name})
+        return new
 
     def is_summed(self, dim: str) -> bool:
         """Whether an axis belongs to q's sites (their states, the steps of a chain) rather than to a plate."""
@@ -214,20 +227,33 @@ def elbo(evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] |
     return bound
 
 
-def expectation(term: Named, weights: GuideWeights, plate_sizes: Mapping[str, int]) -> Named:
-    """E_q of a log-factor: Σ over the guide's enumerated sites (and the steps of its chains) in its axes."""
+def expected_log_joint(evaluation: Evaluation, weights: GuideWeights, data_plate: str | None) -> Tensor:
+    """E_q log p(x, z; θ) of the evaluation's factors, over all rows, scales applied."""
+    total = Bound(None, torch.zeros(()))
+    for term in model_terms(evaluation, data_plate):
+        total = _accumulate(total, term, 1.0, weights, evaluation.plate_sizes, data_plate)
+    return total.total
+
+
+def expectation(
+    term: Named,
+    weights: GuideWeights,
+    plate_sizes: Mapping[str, int],
+    keep: frozenset[str] = frozenset(),
+) -> Named:
+    """E_q of a log-factor: Σ over the guide's enumerated sites (and the steps of its chains) in its axes but `keep`."""
     parts = weights.over(term.dims, plate_sizes)
     if not parts:
         return term
     own = union((*(p.dims for p in parts), term.dims))
-    inner = tuple(d for d in own if weights.is_summed(d))
+    inner = tuple(d for d in own if weights.is_summed(d) and d not in keep)
     dims = (*inner, *(d for d in own if d not in inner))
     q = align(parts[0], dims)
     for part in parts[1:]:
         q = q * align(part, dims)
     value = align(term, dims)
     product = q * torch.where(q == 0, torch.zeros((), dtype=value.dtype, device=value.device), value)
-    return Named(product.sum(tuple(range(len(inner)))), dims[len(inner) :])
+    return Named(product.sum(tuple(range(len(inner)))) if inner else product, dims[len(inner) :])
 
 
 def _accumulate(

@@ -22,6 +22,14 @@ HISTORY_COLUMNS = ("restart", "step", "seconds", "objective", "objective_kind")
 _FORMAT = "lvmppl-fit-1"
 
 
+class EStep(NamedTuple):
+    """How variational EM updates q of a site: `closed-form`, `gradient` or `fixed`, and why."""
+
+    site: str
+    how: str
+    why: str
+
+
 class MStep(NamedTuple):
     """How EM updates a parameter: `closed-form`, `gradient` or `fixed`, and why."""
 
@@ -64,7 +72,8 @@ class Fit:
     moments: Mapping[str, Tensor] = field(
         default_factory=dict
     )  # of q's continuous sites: [2, *shape], mean and sd
-    m_step: tuple[MStep, ...] = ()  # EM only
+    m_step: tuple[MStep, ...] = ()  # EM and variational EM
+    e_step: tuple[EStep, ...] = ()  # variational EM
     guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
 
@@ -105,6 +114,7 @@ class Fit:
             )
         }  # fmt: skip
         meta["m_step"] = [list(step) for step in self.m_step]
+        meta["e_step"] = [list(step) for step in self.e_step]
         meta["history"] = {c: self.all_history[c].tolist() for c in self.all_history.columns}
         meta["posterior"] = _pack_posterior(self.posterior, "posterior", tensors)
         meta["variational"] = _pack_posterior(self.variational, "variational", tensors)
@@ -131,6 +141,7 @@ def load_fit(path: str | Path) -> Fit:
     meta = json.loads(meta_text["fit"])
     history = pd.DataFrame(meta.pop("history"))
     m_step = tuple(MStep(*step) for step in meta.pop("m_step", ()))
+    e_step = tuple(EStep(*step) for step in meta.pop("e_step", ()))
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
     sampled = _unpack_sampled(meta.pop("sampled", None), tensors)
@@ -145,6 +156,7 @@ def load_fit(path: str | Path) -> Fit:
         all_history=history,
         m_step=m_step,
         sampled=sampled,
+        e_step=e_step,
         elbo_per_datum=tensors.get("elbo_per_datum"),
         posterior=posterior,
     )

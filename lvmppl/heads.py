@@ -23,6 +23,7 @@ from torch.distributions.transforms import ReshapeTransform
 from lvmppl.density import SiteInfo
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError
+from lvmppl.families import safe_log
 
 Outputs = Mapping[str, Tensor]
 Build = Callable[[Outputs, Mapping[str, Tensor]], Any]
@@ -166,15 +167,11 @@ def num_states(site: SiteInfo) -> int:
 # ------------------------------------------------------------------------------------------------------ discrete
 
 
-def _log(probs: Tensor) -> Tensor:
-    return probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
-
-
 def _categorical(site: SiteInfo) -> Head:
     kind = support_kind(site)
 
     def build(outputs: Outputs, data: Mapping[str, Tensor]) -> Any:
-        logits = _log(outputs["probs"])
+        logits = safe_log(outputs["probs"])
         if kind == "binary":
             return dist.Bernoulli(logits=logits[..., 1] - logits[..., 0])
         return dist.OneHotCategorical(logits=logits) if kind == "one_hot" else dist.Categorical(logits=logits)

@@ -142,9 +142,15 @@ class EMOptions(IterativeOptions):
 
 
 class VEMOptions(VariationalOptions):
-    """Variational EM: `e_steps` updates of λ, then `m_steps` of θ, in turn."""
+    """Variational EM: `e_steps` updates of λ, then `m_steps` of θ, in turn.
+
+    e_step, m_step: `auto` is a closed form wherever there is one, `gradient` none. A sweep of closed forms over q's sites
+    counts as one update.
+    """
 
     algorithm: Literal["vem"] = "vem"
+    e_step: Literal["auto", "gradient"] = "auto"
+    m_step: Literal["auto", "gradient"] = "auto"
     restarts: Count = 1
     e_steps: Count = 20
     m_steps: Count = 20

@@ -170,8 +170,10 @@ def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
     kind = str(fit.all_history["objective_kind"].iloc[-1]).replace("_", " ").replace("elbo", "ELBO")
     what = f"guide {fit.guide}, {kind}" if problem.guided else kind
     text = f"{options.algorithm}: one step done, {what} {float(fit.all_history['objective'].iloc[-1]):.4f}"
-    steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in fit.m_step)
-    return fit.status != "diverged", f"{text}; M-step {steps}" if steps else text
+    for title, rows in (("E-step", fit.e_step), ("M-step", fit.m_step)):
+        steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in rows)
+        text += f"; {title} {steps}" if steps else ""
+    return fit.status != "diverged", text
 
 
 def _one_line(error: Exception) -> str:

@@ -86,7 +86,7 @@ def test_best_restart_is_kept(iris: Tensor) -> None:
 
 
 GUIDED = [
-    ("vem", categorical, {"max_steps": 6}),
+    ("vem", categorical, {"max_steps": 6, "e_step": "gradient", "m_step": "gradient"}),
     ("svi", categorical, {"max_steps": 40}),
     ("svi", categorical, {"max_steps": 40, "batch_size": 32}),
     ("svi", categorical_encoder, {"max_steps": 40, "batch_size": 50}),

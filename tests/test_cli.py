@@ -306,7 +306,7 @@ def test_check_prints_what_it_found_and_writes_nothing(folder: Path) -> None:
 
 def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
     guide = "{use: 'own.py:raises_late'}"
-    fits = f"  broken: {{algorithm: vem, guide: {guide}, max_steps: 400}}\n"
+    fits = f"  broken: {{algorithm: vem, guide: {guide}, e_step: gradient, max_steps: 400}}\n"
     (folder / "small.yaml").write_text(EXPERIMENT + fits)
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 1, result.output

@@ -63,7 +63,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     # Heads, sources and what joins them to a guide: shared by the guide files, which hold a few lines each.
     "variational": (
         "lvmppl.heads lvmppl.flows lvmppl.sources lvmppl.variational",
-        "errors density distributions variational",
+        "errors density distributions families variational",
         "yaml pandas",
     ),
     "options": ("lvmppl.options", "errors", HEAVY + " yaml"),

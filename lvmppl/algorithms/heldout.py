@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lvmppl.algorithms import vem
 from lvmppl.algorithms.ascent import Trajectory
+from lvmppl.algorithms.closed_phases import closed_phases
 from lvmppl.algorithms.outcome import evaluate
 from lvmppl.algorithms.problem import Problem, build_problem
 from lvmppl.density import spans_rows, unvalidated
@@ -71,7 +72,7 @@ def serve(fresh: Problem, fit: Fit) -> Trajectory:
         return Trajectory(0, "elbo", values=dict(fresh.initial), status="converged")
     options = VEMOptions(max_steps=_TEST_STEPS, e_steps=20, learning_rate=0.1, freeze=fresh.frozen)
     with unvalidated():
-        return vem.ascend(fresh, options)
+        return vem.ascend(closed_phases(fresh, options), options)[0]
 
 
 def _checked(name: str, value: Tensor | None, like: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class _Piece:
         self.totals.append(0.0 if bound.per_datum is None else float(bound.per_datum.sum()))
         if bound.per_datum is not None:
             self.per_datum = bound.per_datum if self.per_datum is None else self.per_datum + bound.per_datum
-        for name in evaluation.samples:
+        for name in (*evaluation.samples, *evaluation.moments):
             if name in self.problem.model.structure.sites:
                 first, second = _powers(self.problem, evaluation, name)
                 self.first[name] = self.first[name] + first if name in self.first else first
@@ -122,8 +122,13 @@ class _Piece:
 
 
 def _powers(problem: Problem, evaluation: Evaluation, name: str) -> tuple[Tensor, Tensor]:
-    """E z and E z² of a drawn site under q's enumerated sites at the present draw, each [*plates, *event]."""
-    value, axes = evaluation.samples[name], evaluation.sample_axes[name]
+    """E z and E z² of a drawn or integrated site under q's enumerated sites at the draw, each [*plates, *event]."""
+    axes = evaluation.sample_axes[name]
+    if name in evaluation.moments:
+        value, square = evaluation.moments[name]
+    else:
+        value = evaluation.samples[name]
+        square = value.square()
     site = problem.model.structure.sites[name]
     events = tuple(f"·event{i}" for i in range(len(site.event_shape)))
     batch = value.shape[: value.dim() - len(events)]
@@ -134,7 +139,7 @@ def _powers(problem: Problem, evaluation: Evaluation, name: str) -> tuple[Tensor
     sizes = [*(evaluation.plate_sizes[p] for p in plates), *site.event_shape]
     weights = GuideWeights(evaluation.guide_factors, evaluation.variables, evaluation.guide_variables)
     found = []
-    for power in (value, value.square()):
+    for power in (value, square):
         mean = expectation(Named(power.reshape(shape), dims), weights, evaluation.plate_sizes)
         found.append(align(mean, (*plates, *events)).expand(sizes))
     return found[0], found[1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import make_optimizer, set_rate
+from lvmppl.algorithms.integrated import IntegratedJoint
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite
 from lvmppl.algorithms.tables import Average, RowOptimizer
@@ -215,7 +216,7 @@ def batch_elbo(
 def draws(problem: Problem) -> bool:
     """Whether the guide has sites that are drawn, so that its ELBO is an estimate."""
     assert problem.guided is not None and problem.guided.guide_structure is not None
-    return any(
+    return not isinstance(problem.guided, IntegratedJoint) and any(
         s.kind == "latent" and s.family != "Delta" for s in problem.guided.guide_structure.sites.values()
     )
 

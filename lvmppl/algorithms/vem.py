@@ -1,19 +1,24 @@
 """Variational EM: coordinate ascent on the ELBO (Kim, Wiseman & Rush 2018, §4.1).
 
-E: every λ⁽ⁿ⁾ up the ELBO with θ held, `e_steps` updates. M: θ up the ELBO with λ held, `m_steps` updates. Where q holds
-the posterior and both phases run to their maximum this is EM. A round whose objective or gradient is not finite is
-undone and tried again at half the rate (`recovery`).
+E: every λ⁽ⁿ⁾ up the ELBO with θ held, `e_steps` updates. M: θ up the ELBO with λ held, `m_steps` updates. Sites of q and
+parameters with a closed form are set to their maximum (`closed_phases`), the others move by gradient. Where q holds the
+posterior and both phases run to their maximum this is EM. A fit whose E-steps are all in closed form ends with one. A
+round whose objective or gradient is not finite is undone and tried again at half the rate (`recovery`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
+from lvmppl.algorithms.closed_phases import ClosedPhases, closed_phases
 from lvmppl.algorithms.early import Watch, check_line_search
+from lvmppl.algorithms.m_step import working_dtype
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
@@ -21,12 +26,13 @@ from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.row_check import check_row_indices
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
-from lvmppl.density import unvalidated
+from lvmppl.density import unvalidated, with_scales
 from lvmppl.elbo import elbo, model_terms
 from lvmppl.errors import ModelError
 from lvmppl.fitted import Fit
 from lvmppl.options import VEMOptions
 
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}  # relative fall of the ELBO that rounding may cause
 WINDOW = 5  # rounds over which a noisy objective is averaged before the stopping rule looks at it
 
 
@@ -34,22 +40,33 @@ def infer(problem: Problem, options: VEMOptions) -> Fit:
     """Maximise the ELBO over λ and θ in turn."""
     assert problem.guided is not None
     with unvalidated():
-        done = run_restarts(
-            problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r)
-        )
-    return finish(problem, options, done, best_of(done))
+        known = [closed_phases(problem, options)]
+
+        def restart(number: int) -> Trajectory:
+            trajectory, known[0] = ascend(known[0], options, number)
+            return trajectory
+
+        done = run_restarts(problem, options.restarts, options.max_steps, restart)
+    closed = known[0]
+    fit = finish(closed.problem, options, done, best_of(done))
+    return replace(fit, e_step=closed.e.steps, m_step=closed.m.steps)
 
 
 class _Alternation:
-    """The two steppers, each holding the other's coordinates fixed."""
+    """The closed forms, and two steppers for the rest, each holding all other coordinates fixed."""
 
-    def __init__(self, problem: Problem, options: VEMOptions, restart: int) -> None:
+    def __init__(self, closed: ClosedPhases, options: VEMOptions, restart: int) -> None:
+        problem = closed.problem
         assert problem.guided is not None
+        self.closed = closed
         self.problem, self.options, self.restart, self.joint = problem, options, restart, problem.guided
         self.watch = Watch(problem, options, WINDOW)
         self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
-        start = start_values(problem, options.init, restart, options.restarts)
-        small = self.batches.size is not None
+        start = start_values(problem, options.init, restart, options.restarts, closed.m)
+        if restart or options.init == "random":
+            start.update(closed.scattered(start, restart))
+        self.start, self.seeds = start, StepSeeds(problem, restart)
+        self.small = small = self.batches.size is not None
         if self.batches.size is not None:
             check_row_indices(problem, self.batches.size, start)
         self.noisy = small or draws(problem)
@@ -57,10 +74,19 @@ class _Alternation:
         assert structure is not None
         self.enumerated = not self.noisy and all(s.kind == "enumerated" for s in structure.sites.values())
         check_line_search(problem, options, self.noisy)
-        settings = (options.optimizer, options.rate, options.clip_norm, small)
-        self.e_step = Stepper(problem, start, problem.free_lambda, *settings)
-        self.m_step = Stepper(problem, start, problem.free_theta, *settings)
-        self.start, self.seeds = start, StepSeeds(problem, restart)
+        self.message = ""
+        self._make_steppers(start)
+
+    def _make_steppers(self, values: Mapping[str, Tensor]) -> None:
+        """Steppers for what has no closed form."""
+        problem, options = self.problem, self.options
+        settings = (options.optimizer, options.rate, options.clip_norm, self.small)
+        own = [n for n in problem.free_lambda if n not in self.closed.e.names]
+        self.e_step = Stepper(problem, values, own, *settings)
+        self.m_step = Stepper(
+            problem, values, [n for n in problem.free_theta if n not in self.closed.m.closed], *settings
+        )
+        self.save()
 
     def values(self) -> dict[str, Tensor]:
         return {
@@ -83,10 +109,12 @@ class _Alternation:
     def save(self) -> None:
         self.e_step.save()
         self.m_step.save()
+        self.kept = dict(self.e_step.fixed), dict(self.m_step.fixed)
 
     def restore(self) -> None:
         self.e_step.restore()
         self.m_step.restore()
+        self.e_step.fixed, self.m_step.fixed = dict(self.kept[0]), dict(self.kept[1])
         self.share()
 
     def share(self) -> None:
@@ -105,15 +133,44 @@ class _Alternation:
 
     def run(self, step: int, factor: float) -> None:
         """One E phase and one M phase."""
-        self._e_phase(step, factor)
-        self.share()
-        if self.problem.free_theta:
+        self.close_lambda()
+        if self.e_step.leaves:
+            self._e_phase(step, factor)
+            self.share()
+        self._close_theta()
+        if self.m_step.leaves:
             self._phase(self.m_step, self.options.m_steps, step, 1, factor)
+            self.share()
+            self._close_theta()
+
+    def close_lambda(self) -> None:
+        """The λ of closed forms at their maximum."""
+        self.e_step.fixed.update(self.closed.e_phase(self.values()))
         self.share()
 
+    def _close_theta(self) -> None:
+        solved, floored = self.closed.m_phase(self.values())
+        self.m_step.fixed.update(solved)
+        self.share()
+        if floored:
+            self.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
+
+    def holds(self, objective: float, best: float) -> bool:
+        """Whether the closed forms still are maxima after an objective that fell from `best`; if not, they are given up."""
+        if not (self.closed.e.blocks or self.closed.m.closed) or self.noisy:
+            return True
+        rounding = ROUNDING.get(working_dtype(self.problem), 1e-5)
+        if objective >= best - rounding * abs(best):
+            return True
+        self.restore()
+        checked = self.closed.checked(self.values())
+        if checked.m.steps == self.closed.m.steps:
+            checked = self.closed.without_closed_forms(f"an update lowered the ELBO to {objective:.6f}")
+        self.closed = checked
+        self._make_steppers(self.values())
+        return False
+
     def _e_phase(self, step: int, factor: float) -> None:
-        if not self.problem.free_lambda:
-            return
         if not self.enumerated:
             self._phase(self.e_step, self.options.e_steps, step, 0, factor)
             return
@@ -127,7 +184,8 @@ class _Alternation:
 
         def objective() -> Tensor:
             own = self.joint.evaluate_guide(data, self.e_step.values(None)[0], rows)
-            return elbo(own, plate, terms).total
+            guide_factors = tuple(with_scales(own.guide_factors, first.factors))
+            return elbo(replace(own, guide_factors=guide_factors), plate, terms).total
 
         for _ in range(self.options.e_steps):
             self.e_step.update(objective(), {}, indices, factor, objective)
@@ -145,10 +203,10 @@ class _Alternation:
         return batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
 
 
-def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajectory:
-    """One restart: E and M phases in turn until the stopping rule is met."""
-    trajectory, recovery = Trajectory(restart, objective_kind(problem)), Recovery()
-    state = _Alternation(problem, options, restart)
+def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple[Trajectory, ClosedPhases]:
+    """One restart: E and M phases in turn until the stopping rule is met; and the closed forms that held to its end."""
+    trajectory, recovery = Trajectory(restart, objective_kind(closed.problem)), Recovery()
+    state = _Alternation(closed, options, restart)
     tail = int((1 - TAIL) * options.max_steps)
     for step in range(options.max_steps + 1):
         state.seeds.use((2 * step) * 1_000_000 + 999_999)
@@ -163,13 +221,15 @@ def ascend(problem: Problem, options: VEMOptions, restart: int = 0) -> Trajector
             if _failed(state, trajectory, recovery, step, error):
                 break
     diverged = trajectory.status == "diverged"
-    trajectory.message = recovery.ending if diverged else recovery.message
+    trajectory.message = recovery.ending if diverged else recovery.message or state.message
     if state.noisy:
         found = state.watch.best_values
         trajectory.values = state.averaged_values() if found is None else found
         trajectory.objective = trajectory.tail_mean()
     trajectory.values = trajectory.values or dict(state.start)
-    return trajectory
+    if not diverged and state.closed.e.blocks and not state.noisy:
+        trajectory.values = {**trajectory.values, **state.closed.e_phase(trajectory.values)}
+    return trajectory, state.closed
 
 
 def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step: int) -> bool:
@@ -178,6 +238,8 @@ def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step
     if not math.isfinite(objective):
         raise NotFinite("ELBO")
     recovery.fine()
+    if trajectory.values and not state.holds(objective, trajectory.objective):
+        objective = state.objective()
     trajectory.record(step, objective, learning_rate=state.m_step.rate)
     state.problem.progress.update(step, objective)
     state.count_iterate()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -74,14 +75,22 @@ def build_evaluation(
         sizes.setdefault(plate, rows.size)
     return Evaluation(
         factors,
-        tuple(guide_factors),
+        tuple(with_scales(guide_factors, factors)),
         variables,
         frozenset(guide_variables),
         sizes,
         samples,
-        tuple(score_factors),
+        tuple(with_scales(score_factors, factors)),
         sample_axes,
     )
+
+
+def with_scales(guide_factors: Sequence[Factor], factors: Sequence[Factor]) -> Iterator[Factor]:
+    """log q of each site at the scale that log p of the site has: a scale repeats the whole plate, its latents too."""
+    own = {f.site: f for f in factors}
+    for factor in guide_factors:
+        like = own.get(factor.site)
+        yield factor if like is None else replace(factor, scale=like.scale, scale_dims=like.scale_dims)
 
 
 def _is_delta(fn: Any) -> bool:

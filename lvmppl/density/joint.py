@@ -110,6 +110,18 @@ class Joint:
             self.guide(data, values)
         return build_evaluation(None, trace.trace, rows, self.structure, {})
 
+    def view_guide(
+        self, data: Values, values: Values, rows: Rows | None = None
+    ) -> tuple[dict[str, SiteView], Evaluation]:
+        """The guide's sites with their distributions, before any log-density is computed; the model is not run."""
+        assert self.guide is not None
+        rows = rows or Rows(num_rows(data))
+        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
+        finite = EnumerateFinite()
+        with parameters, swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
+            self.guide(data, values)
+        return build_views(trace.trace, rows, self.structure, {})
+
 
 class HeldJoint(Joint):
     """A model whose continuous sites stand at given points: what an expectation over them is an average of."""

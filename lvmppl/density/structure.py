@@ -184,4 +184,7 @@ class Evaluation:
     score_factors: tuple[Factor, ...] = ()  # log q of drawn sites that have no reparameterised gradient
     sample_axes: Mapping[str, Mapping[int, str]] = field(
         default_factory=dict
-    )  # of each drawn value: what its batch axes are called, by negative axis
+    )  # of each value drawn or integrated: what its batch axes are called, by negative axis
+    moments: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # [2, *batch, *event], E z and E z² of the guide's continuous sites that were integrated, not drawn

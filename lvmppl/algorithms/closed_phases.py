@@ -1,0 +1,105 @@
+"""The phases of variational EM that need no gradient: what there is of closed forms for q and for θ.
+
+The E phase is coordinate ascent (`coordinate`). The M phase is that of EM with the expected statistics of q in the place
+of the posterior's, where every site of q is enumerated; where q holds the posterior the two are EM. Minibatches have
+neither: an exact maximum over a batch is not a step towards that over all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.coordinate import CoordinatePlan, Sweep, plan_e_step
+from lvmppl.algorithms.guide_fields import CONTINUOUS
+from lvmppl.algorithms.guided_step import guided_e_step
+from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified
+from lvmppl.algorithms.problem import Problem
+from lvmppl.density import derive_seed
+from lvmppl.fitted import MStep
+from lvmppl.options import VEMOptions
+
+
+@dataclass(frozen=True)
+class ClosedPhases:
+    """Which sites of q and which parameters of θ have a closed form, and the two phases that use them."""
+
+    e: CoordinatePlan
+    m: Plan
+    sweeps: int
+
+    @property
+    def problem(self) -> Problem:
+        """The problem, its guide's continuous sites integrated where none need be drawn."""
+        return self.e.problem
+
+    def e_phase(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The λ of closed forms after `e_steps` sweeps (one where that is the maximum)."""
+        if not self.e.blocks:
+            return {}
+        done = Sweep(self.e, values).run(1 if self.e.is_exact_at_once else self.sweeps)
+        return {n: done[n] for n in self.e.names}
+
+    def m_phase(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """The θ of closed forms at their maximum given q, and those that a floor holds."""
+        if not self.m.closed:
+            return {}, frozenset()
+        statistics = guided_e_step(self.problem, values, self.m.sites)
+        theta = {n: values[n] for n in self.problem.theta}
+        solved, floored = solve_closed(self.problem, self.m, theta, statistics)
+        return {n: solved[n] for n in self.m.closed}, floored
+
+    def checked(self, values: Mapping[str, Tensor]) -> ClosedPhases:
+        """Less what does not hold at these values."""
+        return replace(self, m=verified(self.problem, self.m, {n: values[n] for n in self.problem.theta}))
+
+    def without_closed_forms(self, why: str) -> ClosedPhases:
+        return replace(self, e=self.e.by_gradient(why), m=self.m.demote(self.m.closed, why))
+
+    def scattered(self, values: Mapping[str, Tensor], restart: int) -> dict[str, Tensor]:
+        """λ at random responsibilities, where the sites of q are updated from one another: equal ones would stay equal."""
+        tables = [b for b in self.e.blocks if b.kind != CONTINUOUS]
+        if len(tables) == len(self.e.blocks):
+            return {}
+        seed = derive_seed(self.problem.seed, self.problem.name, restart, "λ")
+        generator = torch.Generator().manual_seed(seed)
+        result: dict[str, Tensor] = {}
+        for block in tables:
+            for held in block.held.values():
+                like = held.spelling.apply(values[held.name])
+                uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+                weights = torch.log(uniform).neg().pow(4)
+                share = weights / weights.sum(-1, keepdim=True) if held.spelling.unit else uniform
+                result[held.name] = held.write(share, values)
+        return result
+
+
+def closed_phases(problem: Problem, options: VEMOptions) -> ClosedPhases:
+    """Find the closed forms at the start of a fit."""
+    assert problem.guided is not None and problem.guided.guide_structure is not None
+    refusal = ""
+    if options.batch_size is not None and options.batch_size < problem.num_rows:
+        refusal = "minibatches"
+    elif options.validation_fraction:
+        refusal = "rows are held out"
+    e = plan_e_step(problem, refusal or ("e_step: gradient" if options.e_step == "gradient" else ""))
+    drawn = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
+    if drawn and not refusal:
+        refusal = f"'{drawn[0]}' is not enumerated in the model"
+    refusal = refusal or ("m_step: gradient" if options.m_step == "gradient" else "")
+    m = (
+        Plan((), tuple(_left(problem, n, refusal) for n in problem.theta))
+        if refusal
+        else plan_m_step(problem)
+    )
+    return ClosedPhases(e, m, options.e_steps)
+
+
+def _left(problem: Problem, name: str, why: str) -> MStep:
+    return MStep(name, "fixed", "frozen") if name in problem.frozen else MStep(name, "gradient", why)
+
+
+__all__ = ["ClosedPhases", "closed_phases"]

@@ -1,0 +1,321 @@
+"""Exponential families of continuous q: exact expectations from a few points, and optima from a few gradients.
+
+Let F(z) = E_{q_-z}[log p(x, z, …)] be linear in the statistics t(z) of q's family. Then
+
+- E_q F is the mean of F over two points z⁺, z⁻ (over 2 D of a Gaussian whose elements meet): they are placed so that the
+  mean of t over them is E_q t, and serve all elements of a site at once;
+- the coordinate optimum q(z) ∝ exp F(z) has natural parameters that two gradients of F determine: w(z) ∂F/∂z is affine
+  in u(z),
+
+      Normal     w = 1           u = z         μ from the root, precision = − slope
+      LogNormal  w = z           u = log z     the same of log z
+      Gamma      w = z           u = z         concentration = intercept + 1, rate = − slope
+      Beta       w = z (1 − z)   u = z         a = intercept + 1, b = 1 − slope − intercept
+      Dirichlet  w = z           u = z         concentration = intercept + 1; the slope, one a row, is what a model that
+                                               normalises its probabilities adds
+
+  and where elements of a Gaussian meet, ∂F/∂z is affine with the matrix − Λ (full: Σ = Λ⁻¹; diagonal: σ_d² = 1/Λ_dd,
+  the maximum over all elements at once).
+
+Whether F is linear in t is seen at points that played no part in the solution.
+
+Shapes: P points, D elements of an event; values are [P, *batch, *event].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import transforms
+
+Fields = Mapping[str, Tensor]
+"""Parameters of q, [*batch, *event] (a covariance [*batch, D, D])."""
+
+CLOSE = 1e-6  # relative difference of a gradient to what linearity in t says of it
+MAX_COUPLED = 128  # elements of an event whose Hessian is taken
+
+
+class Elementwise(NamedTuple):
+    """A family of independent elements (rows, of a Dirichlet): a line of the table above."""
+
+    fields: Callable[[Any], dict[str, Tensor]]
+    weight: Callable[[Tensor], Tensor]
+    argument: Callable[[Tensor], Tensor]
+    probes: Callable[[Fields], Tensor]
+    pair: Callable[[Fields], Tensor]
+    back: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    rows: bool = False
+
+
+def _mean_and_precision(fn: Any) -> dict[str, Tensor]:
+    return {"loc": fn.loc, "precision": fn.scale**-2}
+
+
+def _gaussian_pair(q: Fields) -> Tensor:
+    sd = q["precision"] ** -0.5
+    return torch.stack([q["loc"] + sd, q["loc"] - sd])
+
+
+def _gaussian_back(intercept: Tensor, slope: Tensor) -> dict[str, Tensor]:
+    return {"loc": -intercept / slope, "precision": -slope}
+
+
+def _gamma_pair(q: Fields) -> Tensor:
+    """m e^{±s}: (log z⁺ + log z⁻)/2 = log m = ψ(a) − log b and (z⁺ + z⁻)/2 = m cosh s = a/b."""
+    log_m = torch.digamma(q["concentration"]) - q["rate"].log()
+    s = torch.acosh((q["concentration"].log() - torch.digamma(q["concentration"])).exp().clamp_min(1.0))
+    return torch.stack([(log_m + s).exp(), (log_m - s).exp()])
+
+
+def _unit_pair(log_zero: Tensor, log_one: Tensor) -> tuple[Tensor, Tensor]:
+    """(z⁺, z⁻) and (1 − z⁺, 1 − z⁻) with Σ log z = 2 log_one, Σ log(1 − z) = 2 log_zero: two roots of a quadratic."""
+    a, b = log_one.exp(), log_zero.exp()
+    gap = (1 - a - b).clamp_min(0.0)  # Jensen
+    root = (gap * (1 - a + b) * (1 + a - b) * (1 + a + b)).sqrt()
+    tiny = torch.finfo(a.dtype).tiny
+    high = (1 + a * a - b * b + root) / 2
+    other = (1 - a * a + b * b + root) / 2
+    low, rest = a * a / high.clamp_min(tiny), b * b / other.clamp_min(tiny)
+    return torch.stack([high, low]), torch.stack([rest, other])
+
+
+def _beta_pair(q: Fields) -> Tensor:
+    one, zero = q["concentration1"], q["concentration0"]
+    total = torch.digamma(one + zero)
+    return _unit_pair(torch.digamma(zero) - total, torch.digamma(one) - total)[0]
+
+
+def _dirichlet_pair(q: Fields) -> Tensor:
+    """As of a Beta: the largest element of a row against the rest, which keep their proportions exp E log z."""
+    alpha = q["concentration"]
+    log_mean = torch.digamma(alpha) - torch.digamma(alpha.sum(-1, keepdim=True))
+    top = torch.nn.functional.one_hot(alpha.argmax(-1), alpha.shape[-1]).bool()
+    largest = log_mean.masked_fill(~top, -torch.inf).amax(-1, keepdim=True)
+    rest = torch.logsumexp(log_mean.masked_fill(top, -torch.inf), -1, keepdim=True)
+    own, others = _unit_pair(rest, largest)
+    tiny = torch.finfo(alpha.dtype).tiny
+    share = torch.where(top, own, others * (log_mean - rest).exp())
+    return share.clamp_min(tiny)
+
+
+def _simplex_probes(q: Fields) -> Tensor:
+    like = q["concentration"]
+    ramp = torch.linspace(1.0, 2.0, like.shape[-1], dtype=like.dtype)
+    return torch.stack([(row / row.sum()).expand(like.shape) for row in (ramp, ramp.flip(0))])
+
+
+def _constant_probes(*points: float) -> Callable[[Fields], Tensor]:
+    def probes(q: Fields) -> Tensor:
+        like = next(iter(q.values()))
+        return torch.stack([torch.full_like(like, point) for point in points])
+
+    return probes
+
+
+def _gamma_probes(q: Fields) -> Tensor:
+    mean = q["concentration"] / q["rate"]
+    return torch.stack([mean, 2 * mean])
+
+
+FAMILIES: dict[type, Elementwise] = {
+    dist.Normal: Elementwise(
+        _mean_and_precision, torch.ones_like, lambda z: z, _gaussian_pair, _gaussian_pair, _gaussian_back
+    ),
+    dist.LogNormal: Elementwise(
+        _mean_and_precision,
+        lambda z: z,
+        torch.log,
+        lambda q: _gaussian_pair(q).exp(),
+        lambda q: _gaussian_pair(q).exp(),
+        _gaussian_back,
+    ),
+    dist.Gamma: Elementwise(
+        lambda f: {"concentration": f.concentration, "rate": f.rate},
+        lambda z: z,
+        lambda z: z,
+        _gamma_probes,
+        _gamma_pair,
+        lambda intercept, slope: {"concentration": intercept + 1, "rate": -slope},
+    ),
+    dist.Beta: Elementwise(
+        lambda f: {"concentration1": f.concentration1, "concentration0": f.concentration0},
+        lambda z: z * (1 - z),
+        lambda z: z,
+        _constant_probes(0.25, 0.75),
+        _beta_pair,
+        lambda intercept, slope: {"concentration1": intercept + 1, "concentration0": 1 - slope - intercept},
+    ),
+    dist.Dirichlet: Elementwise(
+        lambda f: {"concentration": f.concentration},
+        lambda z: z,
+        lambda z: z,
+        _simplex_probes,
+        _dirichlet_pair,
+        lambda intercept, slope: {"concentration": intercept + 1},
+        rows=True,
+    ),
+}
+"""Families of q whose elements are independent."""
+
+_POSITIVE = ("precision", "rate", "concentration", "concentration1", "concentration0")
+
+
+@dataclass(frozen=True)
+class Member:
+    """q of one site as a member of a family: its parameters and the shapes of its batch and event.
+
+    coupled: a Gaussian whose elements meet in log p; it takes the points of a cubature rule instead of a pair.
+    """
+
+    family: str
+    fields: dict[str, Tensor]
+    batch: tuple[int, ...]
+    event: tuple[int, ...]
+    base: Any
+    coupled: bool
+
+    @property
+    def size(self) -> int:
+        return prod(self.event)
+
+    def points(self) -> Tensor:
+        """Points of equal weight over which the mean of any F linear in t is E_q F, [2 or 2 D, *batch, *event]."""
+        if not self.coupled:
+            return FAMILIES[type(self.base)].pair(self.fields)
+        loc = self.fields["loc"].reshape([*self.batch, self.size])
+        steps = self._root().mT.movedim(-2, 0) * self.size**0.5  # [D, *batch, D]
+        return torch.cat([loc + steps, loc - steps]).reshape([2 * self.size, *self.batch, *self.event])
+
+    def _root(self) -> Tensor:
+        """L with covariance L Lᵀ, [*batch, D, D]."""
+        if "covariance" in self.fields:
+            return torch.linalg.cholesky(self.fields["covariance"])
+        variance: Tensor = 1 / self.fields["precision"].reshape([*self.batch, self.size])
+        root: Tensor = variance.sqrt().diag_embed()
+        return root
+
+    def entropy(self) -> Tensor:
+        """H[q], [*batch] nats."""
+        own: Tensor = self.base.entropy()
+        return own.sum(tuple(range(len(self.batch), own.dim()))) if own.dim() > len(self.batch) else own
+
+    def moments(self) -> Tensor:
+        """E z and E z², [2, *batch, *event]."""
+        shape = (*self.batch, *self.event)
+        mean, variance = self.base.mean.reshape(shape), self.base.variance.reshape(shape)
+        return torch.stack([mean, variance + mean.square()])
+
+    def probes(self) -> Tensor:
+        """Points whose gradients determine the optimum, [P, *batch, *event]."""
+        if not self.coupled:
+            return FAMILIES[type(self.base)].probes(self.fields)
+        loc = self.fields["loc"].reshape([*self.batch, self.size])
+        eye = torch.eye(self.size, dtype=loc.dtype).reshape([self.size, *[1] * len(self.batch), self.size])
+        return torch.cat([loc.unsqueeze(0), loc + eye]).reshape([-1, *self.batch, *self.event])
+
+    def solve(self, points: Tensor, gradients: Tensor) -> Natural:
+        """∂F/∂z as a function of z, from its values at the probes."""
+        if self.coupled:
+            flat = gradients.reshape([-1, *self.batch, self.size])
+            matrix = (flat[:1] - flat[1:]).movedim(0, -1)  # Λ [*batch, D, D]
+            return _Quadratic(self, points[0], gradients[0], (matrix + matrix.mT) / 2)
+        family = FAMILIES[type(self.base)]
+        y, u = family.weight(points) * gradients, family.argument(points)
+        if family.rows:
+            apart = u[1] - u[0]
+            slope = ((y[1] - y[0]) * apart).sum(-1, keepdim=True) / apart.square().sum(-1, keepdim=True)
+        else:
+            slope = (y[1] - y[0]) / (u[1] - u[0])
+        return _Affine(family, y[0] - slope * u[0], slope)
+
+
+class _Affine(NamedTuple):
+    """w(z) ∂F/∂z = intercept + slope · u(z), element by element."""
+
+    family: Elementwise
+    intercept: Tensor
+    slope: Tensor
+
+    def fits(self, points: Tensor, gradients: Tensor) -> bool:
+        y = self.family.weight(points) * gradients
+        return _close(y, self.intercept + self.slope * self.family.argument(points))
+
+    def optimum(self, scale: Tensor) -> dict[str, Tensor]:
+        """The parameters of q ∝ exp(F / scale)."""
+        return self.family.back(self.intercept / scale, self.slope / scale)
+
+
+class _Quadratic(NamedTuple):
+    """∂F/∂z = gradient − Λ (z − origin)."""
+
+    member: Member
+    origin: Tensor
+    gradient: Tensor
+    matrix: Tensor
+
+    def fits(self, points: Tensor, gradients: Tensor) -> bool:
+        flat = (points - self.origin).reshape([len(points), *self.member.batch, self.member.size])
+        bent = (self.matrix @ flat.unsqueeze(-1)).reshape(points.shape)
+        return _close(gradients, self.gradient - bent)
+
+    def optimum(self, scale: Tensor) -> dict[str, Tensor]:
+        own = self.member
+        matrix = self.matrix / scale.reshape([*scale.shape[: len(own.batch)], 1, 1])
+        gradient = (self.gradient / scale).reshape([*own.batch, own.size, 1])
+        root, info = torch.linalg.cholesky_ex(matrix)
+        if bool((info != 0).any()):
+            return {"loc": self.origin, "precision": -torch.ones_like(self.origin)}  # no proper optimum
+        loc = self.origin + torch.cholesky_solve(gradient, root).reshape(self.origin.shape)
+        if "covariance" in own.fields:
+            return {"loc": loc.reshape(own.fields["loc"].shape), "covariance": torch.cholesky_inverse(root)}
+        return {"loc": loc, "precision": matrix.diagonal(dim1=-2, dim2=-1).reshape(self.origin.shape)}
+
+
+Natural = _Affine | _Quadratic
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    scale = torch.maximum(found.abs().amax(), expected.abs().amax())
+    return bool((found - expected).abs().amax() <= CLOSE * scale)
+
+
+def is_proper(fields: Fields) -> bool:
+    """Whether these are parameters of a distribution."""
+    finite = all(bool(torch.isfinite(t).all()) for t in fields.values())
+    return finite and all(bool((t > 0).all()) for k, t in fields.items() if k in _POSITIVE)
+
+
+def member_of(fn: Any, coupled: bool = False) -> Member | None:
+    """The family of a guide site's distribution, None where it is not in the table."""
+    batch, event = tuple(fn.batch_shape), tuple(fn.event_shape)
+    base = _plain(fn)
+    if isinstance(base, dist.MultivariateNormal):
+        fields = {"loc": base.loc, "covariance": base.covariance_matrix}
+        return Member("MultivariateNormal", fields, batch, event, base, True)
+    family = FAMILIES.get(type(base))
+    if family is None:
+        return None
+    return Member(type(base).__name__, family.fields(base), batch, event, base, coupled)
+
+
+def _plain(fn: Any) -> Any:
+    """The distribution beneath what only regroups its axes."""
+    wrapped = (dist.Independent, torch.distributions.Independent, dist.ExpandedDistribution)
+    while isinstance(fn, wrapped) or _is_reshaped(fn):
+        fn = fn.base_dist
+    return fn
+
+
+def _is_reshaped(fn: Any) -> bool:
+    return isinstance(fn, torch.distributions.TransformedDistribution) and all(
+        isinstance(t, transforms.ReshapeTransform) for t in fn.transforms
+    )
+
+
+__all__ = ["MAX_COUPLED", "Fields", "Member", "is_proper", "member_of"]

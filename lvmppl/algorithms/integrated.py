@@ -1,0 +1,135 @@
+"""A model and a guide whose continuous sites are integrated exactly, not drawn.
+
+Where log p(x, z) is linear in the statistics of each continuous site under q, E_q of a log-factor is its mean over a few
+points (`conjugate`), at each of which the model is run as it would be at a draw. Sites that meet in a factor take all
+combinations of theirs; sites that never meet move together. What comes out is an evaluation without draws: an ELBO of
+it has no noise.
+
+Shapes: P points of a design.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import lcm, prod
+
+import torch
+from torch import Tensor
+
+from lvmppl.algorithms.conjugate import Member, member_of
+from lvmppl.density import Evaluation, Factor, Joint, Rows, SiteView, Values, with_scales
+from lvmppl.exact.named import Named, align
+
+MAX_POINTS = 256  # points at which a model is run for one expectation
+
+
+@dataclass(frozen=True)
+class Design:
+    """How the points of the continuous sites are combined.
+
+    colours: by site, which coordinate of the design it moves along. coupled: Gaussian sites whose elements meet.
+    """
+
+    colours: Mapping[str, int]
+    coupled: frozenset[str] = frozenset()
+
+    def members(self, views: Mapping[str, SiteView]) -> dict[str, Member]:
+        """q of each continuous site."""
+        found = {n: member_of(views[n].fn, n in self.coupled) for n in self.colours}
+        assert all(found.values()), "a guide's families do not change between steps"
+        return {n: m for n, m in found.items() if m is not None}
+
+    def points(self, members: Mapping[str, Member], leave: str | None = None) -> dict[str, Tensor]:
+        """Points of every site but one, [P, *batch, *event], all of the same weight."""
+        own = {n: m.points() for n, m in members.items() if n != leave}
+        sizes: dict[int, int] = {}
+        for name, values in own.items():
+            colour = self.colours[name]
+            sizes[colour] = lcm(sizes.get(colour, 1), len(values))
+        order = sorted(sizes)
+        result = {}
+        for name, values in own.items():
+            at = order.index(self.colours[name])
+            inner, outer = prod(sizes[c] for c in order[at + 1 :]), prod(sizes[c] for c in order[:at])
+            tiled = values.repeat(sizes[order[at]] // len(values), *[1] * (values.dim() - 1))
+            spread = tiled.repeat_interleave(inner, 0)
+            result[name] = spread.repeat(outer, *[1] * (values.dim() - 1))
+        return result
+
+
+class IntegratedJoint(Joint):
+    """`evaluate` with E_q of every factor over the continuous sites in the place of the factor at a draw."""
+
+    def __init__(self, base: Joint, design: Design) -> None:
+        super().__init__(base.model, base.structure, base.guide, base.guide_structure)
+        self.design = design
+
+    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        own = self.evaluate_guide(data, values, rows)
+        expected = self.expected_factors(data, values, rows)
+        return replace(
+            own,
+            factors=expected.factors,
+            guide_factors=tuple(with_scales(own.guide_factors, expected.factors)),
+            variables={**own.variables, **expected.variables},
+            plate_sizes={**own.plate_sizes, **expected.plate_sizes},
+        )
+
+    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """log q of the enumerated sites; of a continuous one E_q log q, minus its entropy."""
+        views, evaluation = self.view_guide(data, values, rows)
+        members = self.design.members(views)
+        factors: list[Factor] = []
+        for name, view in views.items():
+            if name in members:
+                factors.append(_negative_entropy(view, members[name]))
+            else:
+                factors.extend(view.factors())
+        moments = {n: m.moments().detach() for n, m in members.items()}
+        axes = {n: views[n].axis_names for n in members}
+        return replace(
+            evaluation,
+            guide_factors=tuple(factors),
+            guide_variables=frozenset(evaluation.variables),
+            moments=moments,
+            sample_axes=axes,
+        )
+
+    def expected_factors(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+        """E_q of the model's log-factors over the continuous sites."""
+        members = self.design.members(self.view_guide(data, values, rows)[0])
+        points = self.design.points(members)
+        count = len(next(iter(points.values())))
+        each = [
+            self.held({n: p[i] for n, p in points.items()}).evaluate(data, values, rows) for i in range(count)
+        ]
+        factors = [_mean(own) for own in zip(*(e.factors for e in each), strict=True)]
+        return replace(each[0], factors=tuple(factors))
+
+
+def _mean(factors: Sequence[Factor]) -> Factor:
+    """The mean of a site's factors over the points."""
+    first = factors[0]
+    total = first.log_prob
+    for factor in factors[1:]:
+        total = total + align(Named(factor.log_prob, factor.dims), first.dims)
+    return replace(first, log_prob=total / len(factors))
+
+
+def _negative_entropy(view: SiteView, member: Member) -> Factor:
+    entropy = member.entropy()
+    keep = [a for a in range(-entropy.dim(), 0) if entropy.shape[a] != 1]
+    dims = tuple(view.axis_names[a] for a in keep)
+    shape = [entropy.shape[a] for a in keep]
+    return Factor(view.name, -entropy.reshape(shape), dims, view.plates, view.scale, view.scale_dims)
+
+
+def scale_of(factor: Factor, dims: tuple[str, ...]) -> Tensor:
+    """The scale of a factor with these axes."""
+    scale = factor.scale
+    tensor = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
+    return align(Named(tensor, factor.scale_dims), dims)
+
+
+__all__ = ["MAX_POINTS", "Design", "IntegratedJoint", "scale_of"]
