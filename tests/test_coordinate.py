@@ -1,0 +1,222 @@
+"""Closed-form coordinate ascent on the ELBO: against EM, hand-derived variational Bayes, and gradients of the ELBO."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.special import digamma, gammaln
+from sklearn.datasets import load_iris
+from torch import Tensor
+
+import lvmppl
+from lvmppl.algorithms.closed_phases import closed_phases
+from lvmppl.algorithms.problem import build_problem
+from lvmppl.algorithms.stepper import batch_elbo
+from lvmppl.density import Coordinates, isolated
+from lvmppl.distributions import MarkovChain
+from lvmppl.guides.categorical import categorical
+from lvmppl.guides.variational import variational
+from lvmppl.models.hmm import hidden_markov
+from lvmppl.models.mixture import gaussian_mixture
+from lvmppl.options import VEMOptions
+
+F64 = torch.float64
+ENUMERATE: dict[str, Any] = {"enumerate": "parallel"}
+IRIS = torch.tensor(load_iris().data, dtype=F64)
+MIXTURE = functools.partial(gaussian_mixture, num_components=3, covariance="full")
+COUNTS = torch.tensor([0, 3, 1, 7, 9, 2, 0, 11, 4, 8, 1], dtype=F64)
+SERIES = torch.randn(4, 9, dtype=F64, generator=torch.Generator().manual_seed(0)).cumsum(1)
+LENGTHS = torch.tensor([9, 6, 1, 8])
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=F64)
+
+
+# ------------------------------------------------------------------------------------ where q holds the posterior
+
+HMM = functools.partial(hidden_markov, num_states=3, emission="gaussian")
+HOLDING: dict[str, tuple[Callable[..., Any], dict[str, Tensor], Callable[..., Any]]] = {
+    "mixture": (MIXTURE, {"x": IRIS}, categorical),
+    "chain": (HMM, {"x": SERIES, "lengths": LENGTHS}, functools.partial(variational, head="chain")),
+}
+
+
+@pytest.mark.parametrize("case", HOLDING)
+@pytest.mark.parametrize("rounds", [1, 2, 6])
+def test_parameters_after_each_round_equal_those_of_em(case: str, rounds: int) -> None:
+    model, data, guide = HOLDING[case]
+    options: dict[str, Any] = {"max_steps": rounds, "tolerance": 0.0}
+    found = lvmppl.fit(model, data, algorithm="vem", guide=guide, **options)
+    em = lvmppl.fit(model, data, algorithm="em", **options)
+    assert {s.how for s in (*found.e_step, *found.m_step)} == {"closed-form"}
+    for name, value in em.parameters.items():
+        torch.testing.assert_close(found.parameters[name], value, rtol=1e-8, atol=1e-8)
+    assert found.elbo == pytest.approx(em.log_evidence, abs=1e-8)  # the fit ends with an E-step
+
+
+def test_gradient_e_steps_reach_the_fixed_point_of_em() -> None:
+    model, data = (
+        functools.partial(gaussian_mixture, num_components=2, covariance="diag"),
+        {"x": IRIS[::3, 2:]},
+    )
+    em = lvmppl.fit(model, data, algorithm="em", tolerance=1e-12)
+    options: dict[str, Any] = {"e_step": "gradient", "optimizer": "lbfgs", "e_steps": 10, "tolerance": 1e-9}
+    found = lvmppl.fit(model, data, algorithm="vem", guide=categorical, **options)
+    assert [s.how for s in found.e_step] == ["gradient"]
+    assert found.log_evidence == pytest.approx(em.log_evidence, abs=1e-4)
+    assert found.elbo == pytest.approx(em.log_evidence, abs=1e-4)
+
+
+def guided_by_logits(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        logits = pyro.param("table", torch.zeros(len(x), 3), event_dim=1)
+        pyro.sample("z", dist.Categorical(logits=logits), infer=ENUMERATE)
+
+
+def test_hand_written_guide_has_a_closed_form_in_its_own_spelling() -> None:
+    fit = lvmppl.fit(MIXTURE, {"x": IRIS}, algorithm="vem", guide=guided_by_logits, tolerance=1e-10)
+    assert fit.posterior is not None
+    probs = torch.softmax(fit.guide_parameters["table"], -1)
+    torch.testing.assert_close(probs, fit.posterior.marginal("z").probs, rtol=0, atol=1e-8)
+
+
+# ------------------------------------------------------------------------------------------------------ mean field
+
+
+def two_chains(y: Tensor, lengths: Tensor | None = None) -> None:
+    steps = y.shape[1]
+    loc = torch.tensor([[-1.0, 0.2, 1.1], [0.4, 1.3, 2.2]])
+    move = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.3, 0.3, 0.4]])
+    with pyro.plate("data", len(y)):
+        a = pyro.sample(
+            "a", MarkovChain(tensor(0.4, 0.6), torch.eye(2) * 0.6 + 0.2, steps, lengths), infer=ENUMERATE
+        )
+        b = pyro.sample("b", MarkovChain(torch.ones(3), move, steps, lengths), infer=ENUMERATE)
+        fn = dist.Normal(loc[a, b], 0.8)
+        if lengths is not None:
+            fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, y.shape)).mask(
+                torch.arange(steps) < lengths.unsqueeze(-1)
+            )
+        pyro.sample("y", fn.to_event(1), obs=y)
+
+
+def two_causes(x: Tensor) -> None:
+    """A global binary site, and two sites a row that meet in x."""
+    with pyro.plate("data", len(x)):
+        a = pyro.sample("a", dist.Bernoulli(0.3), infer=ENUMERATE)
+        b = pyro.sample(
+            "b", dist.Categorical(torch.tensor([[0.2, 0.5, 0.3], [0.6, 0.3, 0.1]])[a.long()]), infer=ENUMERATE
+        )
+        pyro.sample("x", dist.Normal(2 * a + b, 1.0), obs=x)
+
+
+def poisson_mixture(x: Tensor) -> None:
+    weights = pyro.sample("weights", dist.Dirichlet(tensor(1.0, 2.0, 1.5)))
+    with pyro.plate("components", 3):
+        rate = pyro.sample("rate", dist.Gamma(tensor(1.0, 4.0, 16.0), tensor(1.0, 1.5, 2.0)))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
+        pyro.sample("x", dist.Poisson(rate[z]), obs=x)
+
+
+def normal_gamma(x: Tensor) -> None:
+    precision = pyro.sample("precision", dist.Gamma(tensor(2.0)[0], tensor(3.0)[0]))
+    mean = pyro.sample("mean", dist.Normal(1.0, (4 * precision).rsqrt()))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mean, precision.rsqrt()), obs=x)
+
+
+def line(y: Tensor, x: Tensor) -> None:
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+    with pyro.plate("data", len(y)):
+        pyro.sample("y", dist.Normal(x @ weight, 0.5), obs=y)
+
+
+def heads(**by_site: str) -> Callable[..., Any]:
+    return functools.partial(variational, head=by_site)
+
+
+STEPS = functools.partial(variational, head="independent_categoricals")
+GAMMA = heads(rate="gamma", weights="dirichlet", z="categorical")
+LINE = {"y": tensor(0.1, 1.9, 4.2, 5.5), "x": torch.stack([torch.ones(4), torch.arange(4.0)], 1).double()}
+ASCENTS: dict[str, tuple[Callable[..., Any], Mapping[str, Tensor], Callable[..., Any]]] = {
+    "chains": (two_chains, {"y": SERIES, "lengths": LENGTHS}, variational),
+    "steps": (two_chains, {"y": SERIES, "lengths": LENGTHS}, STEPS),
+    "two causes": (two_causes, {"x": IRIS[:7, 0] - 3}, categorical),
+    "bernoulli head": (two_causes, {"x": IRIS[:7, 0] - 3}, heads(a="bernoulli")),
+    "poisson mixture": (poisson_mixture, {"x": COUNTS}, GAMMA),
+    "normal-gamma": (normal_gamma, {"x": IRIS[:9, 1]}, heads(precision="gamma", mean="normal")),
+    "line, diagonal": (line, LINE, heads(weight="normal")),
+}
+
+
+@pytest.mark.parametrize("case", ASCENTS)
+def test_sweeps_never_lower_the_elbo_and_end_where_its_gradient_vanishes(case: str) -> None:
+    model, data, guide = ASCENTS[case]
+    options = VEMOptions(e_steps=1, max_steps=400, tolerance=1e-14, init="params")
+    with isolated(0, F64):
+        problem = build_problem("fit", model, data, guide=guide, guide_takes_model=True)
+        closed = closed_phases(problem, options)
+        assert {s.how for s in closed.e.steps} == {"closed-form"}, closed.e.steps
+        values, trail = dict(closed.problem.initial), []
+        for _ in range(25):
+            values.update(closed.e_phase(values) if len(trail) else {})
+            trail.append(_elbo(closed.problem, values))
+        rises = np.diff(trail)
+        assert rises.min() >= -1e-10 and rises.max() > 0.01
+        coordinates = Coordinates(problem.guided.specs, problem.lambda_)  # type: ignore[union-attr]
+        free = {n: v.requires_grad_() for n, v in coordinates.unconstrain(values).items()}
+        total = _elbo_tensor(closed.problem, {**values, **coordinates.constrain(free)})
+        for grad in torch.autograd.grad(total, list(free.values())):
+            assert float(grad.abs().max()) < 1e-5
+
+
+def _elbo_tensor(problem: Any, values: Mapping[str, Tensor]) -> Tensor:
+    return batch_elbo(problem, problem.guided, values, None)
+
+
+def _elbo(problem: Any, values: Mapping[str, Tensor]) -> float:
+    with torch.no_grad():
+        return float(_elbo_tensor(problem, values))
+
+
+def numpy_poisson_mixture(x: np.ndarray, rounds: int) -> tuple[dict[str, np.ndarray], float]:
+    """Variational Bayes by the textbook's equations: globals first, from uniform responsibilities; and its ELBO."""
+    alpha0, a0, b0 = np.array([1, 2, 1.5]), np.array([1.0, 4, 16]), np.array([1, 1.5, 2.0])
+    r = np.full((len(x), 3), 1 / 3)
+    for _ in range(rounds):
+        alpha, a, b = alpha0 + r.sum(0), a0 + r.T @ x, b0 + r.sum(0)
+        log_pi, log_rate = digamma(alpha) - digamma(alpha.sum()), digamma(a) - np.log(b)
+        scores = log_pi + x[:, None] * log_rate - a / b - gammaln(x + 1)[:, None]
+        r = np.exp(scores - scores.max(1, keepdims=True))
+        r /= r.sum(1, keepdims=True)
+    bound = (r * (scores - np.log(r))).sum()
+    dirichlet = gammaln(alpha0.sum()) - gammaln(alpha0).sum() - gammaln(alpha.sum()) + gammaln(alpha).sum()
+    bound += dirichlet + ((alpha0 - alpha) * log_pi).sum()
+    bound += (a0 * np.log(b0) - gammaln(a0) - a * np.log(b) + gammaln(a)).sum()
+    bound += ((a0 - a) * log_rate - (b0 - b) * a / b).sum()
+    return {"weights_concentration": alpha, "rate_concentration": a, "rate_rate": b, "z_probs": r}, float(
+        bound
+    )
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_variational_bayes_of_a_poisson_mixture_equals_its_equations(rounds: int) -> None:
+    options: dict[str, Any] = {"e_steps": 1, "max_steps": rounds, "tolerance": 0.0}
+    fit = lvmppl.fit(poisson_mixture, {"x": COUNTS}, algorithm="vem", guide=GAMMA, **options)
+    expected, bound = numpy_poisson_mixture(
+        COUNTS.numpy(), rounds + 1
+    )  # a fit ends with an E phase of its own
+    for name, value in expected.items():
+        np.testing.assert_allclose(fit.guide_parameters[name].numpy().reshape(value.shape), value, rtol=1e-9)
+    assert fit.elbo == pytest.approx(bound, abs=1e-9) and fit.elbo_error == 0.0
+    a, b = expected["rate_concentration"], expected["rate_rate"]
+    np.testing.assert_allclose(fit.moments["rate"].numpy(), np.stack([a / b, np.sqrt(a) / b]), rtol=1e-9)
