@@ -167,8 +167,8 @@ def test_sweeps_never_lower_the_elbo_and_end_where_its_gradient_vanishes(case: s
         closed = closed_phases(problem, options)
         assert {s.how for s in closed.e.steps} == {"closed-form"}, closed.e.steps
         values, trail = dict(closed.problem.initial), []
-        for _ in range(25):
-            values.update(closed.e_phase(values) if len(trail) else {})
+        while len(trail) < 3 or trail[-1] - trail[-2] > 1e-11:
+            values.update(closed.e_phase(values) if trail else {})
             trail.append(_elbo(closed.problem, values))
         rises = np.diff(trail)
         assert rises.min() >= -1e-10 and rises.max() > 0.01
@@ -176,7 +176,7 @@ def test_sweeps_never_lower_the_elbo_and_end_where_its_gradient_vanishes(case: s
         free = {n: v.requires_grad_() for n, v in coordinates.unconstrain(values).items()}
         total = _elbo_tensor(closed.problem, {**values, **coordinates.constrain(free)})
         for grad in torch.autograd.grad(total, list(free.values())):
-            assert float(grad.abs().max()) < 1e-5
+            assert float(grad.abs().max()) < 1e-4
 
 
 def _elbo_tensor(problem: Any, values: Mapping[str, Tensor]) -> Tensor:

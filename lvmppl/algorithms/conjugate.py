@@ -195,7 +195,8 @@ class Member:
     def _root(self) -> Tensor:
         """L with covariance L Lᵀ, [*batch, D, D]."""
         if "covariance" in self.fields:
-            return torch.linalg.cholesky(self.fields["covariance"])
+            triangular: Tensor = torch.linalg.cholesky(self.fields["covariance"])
+            return triangular
         variance: Tensor = 1 / self.fields["precision"].reshape([*self.batch, self.size])
         root: Tensor = variance.sqrt().diag_embed()
         return root
