@@ -16,7 +16,8 @@ from torch import Tensor
 from lvmppl.algorithms.coordinate import CoordinatePlan, Sweep, plan_e_step
 from lvmppl.algorithms.guide_fields import CONTINUOUS
 from lvmppl.algorithms.guided_step import guided_e_step
-from lvmppl.algorithms.m_step import Plan, plan_m_step, solve_closed, verified
+from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
+from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
 from lvmppl.density import derive_seed
 from lvmppl.fitted import MStep
@@ -47,9 +48,9 @@ class ClosedPhases:
         """The θ of closed forms at their maximum given q, and those that a floor holds."""
         if not self.m.closed:
             return {}, frozenset()
-        statistics = guided_e_step(self.problem, values, self.m.sites)
+        weights, statistics = guided_e_step(self.problem, values, self.m.sites)
         theta = {n: values[n] for n in self.problem.theta}
-        solved, floored = solve_closed(self.problem, self.m, theta, statistics)
+        solved, floored = solve_closed(self.problem, self.m, theta, statistics, weights)
         return {n: solved[n] for n in self.m.closed}, floored
 
     def checked(self, values: Mapping[str, Tensor]) -> ClosedPhases:

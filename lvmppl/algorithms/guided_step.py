@@ -13,16 +13,19 @@ import torch
 
 from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import chunks
-from lvmppl.algorithms.expected import add_up
+from lvmppl.algorithms.expected import Piece, Weights, add_up
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics
 from lvmppl.density import Rows, Values
 from lvmppl.elbo import GuideWeights, expected_log_joint
 
 
-def guided_e_step(problem: Problem, values: Values, sites: Sequence[ClosedSite]) -> dict[str, Statistics]:
-    """The expected statistics of `sites` under q in the place of the posterior; every site of q is enumerated."""
+def guided_e_step(
+    problem: Problem, values: Values, sites: Sequence[ClosedSite]
+) -> tuple[Weights, dict[str, Statistics]]:
+    """The weights q_s of every factor and the expected statistics of `sites`, under q in the place of the posterior."""
     assert problem.guided is not None
+    pieces: Weights = []
     statistics: dict[str, Statistics] = {}
     for data, rows in _pieces(problem):
         with torch.no_grad():
@@ -40,8 +43,9 @@ def guided_e_step(problem: Problem, values: Values, sites: Sequence[ClosedSite])
             total = expected_log_joint(evaluation, weights, problem.data_plate)
             grads = torch.autograd.grad(total, leaves)
         q = {f.site: g for f, g in zip(factors, grads, strict=True)}
+        pieces.append(Piece(q, problem.model))
         add_up(views, evaluation, q, sites, statistics)
-    return statistics
+    return pieces, statistics
 
 
 def _pieces(problem: Problem) -> Iterator[tuple[Values, Rows]]:

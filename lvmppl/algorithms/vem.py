@@ -18,8 +18,8 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
 from lvmppl.algorithms.closed_phases import ClosedPhases, closed_phases
 from lvmppl.algorithms.early import Watch, check_line_search
-from lvmppl.algorithms.m_step import working_dtype
 from lvmppl.algorithms.outcome import finish
+from lvmppl.algorithms.plan import working_dtype
 from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
