@@ -74,6 +74,8 @@ def run(
         for fit, message in zip(result.summary["fit"], result.summary["message"], strict=True):
             if isinstance(message, str) and message:
                 typer.echo(f"{fit}: {message}")
+        for message in result.messages:
+            typer.echo(message)
         typer.echo(f"report: {result.directory / 'report.html'}")
     if result.failed:
         raise typer.Exit(FAILED)

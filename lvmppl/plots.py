@@ -8,7 +8,8 @@ the same component in every picture.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,46 +33,63 @@ __all__ = [
 ]
 
 
-def draw_all(tables: Mapping[str, pd.DataFrame], data: pd.DataFrame, directory: Path) -> list[Path]:
+def draw_all(
+    tables: Mapping[str, pd.DataFrame],
+    data: pd.DataFrame,
+    directory: Path,
+    on_failure: Callable[[str, Exception], None] | None = None,
+) -> list[Path]:
     """Draws every picture that applies to these tables into `directory` and returns the paths in reading
     order.
 
     `data` has a row per training datum, indexed by datum, and numeric columns; it may be empty. Of more than
     5000 data a seeded draw is shown, and the captions say so.
+
+    on_failure: is told the name of a picture that raises, and its error; the others are drawn all the same.
+    Without it the error is raised.
     """
     directory.mkdir(parents=True, exist_ok=True)
     paths: list[Path] = []
-    for name, picture in _pictures(tables, data):
+    for name, draw in _pictures(tables, data):
         path = directory / f"{name}.png"
         if path in paths:  # two names that differ only in what no file name can hold
             path = directory / f"{name}_{len(paths)}.png"
-        paths.append(picture.save(path))
+        try:
+            picture = draw()
+            if picture is not None:
+                paths.append(picture.save(path))
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+            path.unlink(missing_ok=True)
     return paths
 
 
-def _pictures(tables: Mapping[str, pd.DataFrame], data: pd.DataFrame) -> Iterator[tuple[str, Picture]]:
+def _pictures(
+    tables: Mapping[str, pd.DataFrame], data: pd.DataFrame
+) -> Iterator[tuple[str, Callable[[], Picture | None]]]:
     posterior, note = aligned_posterior(tables)
     discrete = posterior[posterior["label"].notna()]
     if np.isfinite(tables["history"]["objective"]).any():
-        yield "objective", objective_curves(tables["history"], tables["summary"])
+        yield "objective", partial(objective_curves, tables["history"], tables["summary"])
     for site in discrete["site"].unique()[:PANELS]:
-        picture = component_scatter(discrete, data, str(site), note)
-        if picture is not None:
-            yield f"components_{_slug(site)}", picture
+        yield f"components_{_slug(site)}", partial(component_scatter, discrete, data, str(site), note)
     pairs = _compared(posterior)
     if len(pairs) > PANELS:
         note = f"{note} Only {PANELS} of {len(pairs)} pictures of this sort are drawn.".strip()
     for fit, site in pairs[:PANELS]:
         name = f"{_slug(fit)}_{_slug(site)}"
         if site in set(discrete["site"]):
-            yield (
-                f"responsibilities_{name}",
-                responsibility_comparison(discrete, tables["gaps"], fit, site, note),
-            )
+            draw = partial(responsibility_comparison, discrete, tables["gaps"], fit, site, note)
+            yield f"responsibilities_{name}", draw
         else:
-            yield f"moments_{name}", continuous_comparison(posterior, tables["gaps"], fit, site, note)
+            yield (
+                f"moments_{name}",
+                partial(continuous_comparison, posterior, tables["gaps"], fit, site, note),
+            )
     if tables["gaps"]["gap"].notna().any():
-        yield "gaps", gap_curves(tables["gaps"])
+        yield "gaps", partial(gap_curves, tables["gaps"])
 
 
 def _compared(posterior: pd.DataFrame) -> list[tuple[str, str]]:

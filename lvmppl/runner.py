@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
-import shutil
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +12,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl import catalogue, data, plots, report, tables
+from lvmppl import catalogue, data, tables
 from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.heldout import score_rows
@@ -33,17 +26,21 @@ from lvmppl.errors import InputError, IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
 from lvmppl.options import MCMCOptions, Options
+from lvmppl.running import writing
+from lvmppl.running.folder import publish, require_ours, staged
+from lvmppl.running.writing import patient
 from lvmppl.sampled_posterior import MIN_DRAWS
 from lvmppl.spec import Experiment, open_experiment, to_yaml
 
 SMOKE_STEPS = 3
-LARGE_PARAMETER = 10_000  # entries beyond which a tensor goes to parameters.safetensors
-_MARKS = ("experiment.yaml", "environment.json")  # what makes a folder a run
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote, as DataFrames; `fits` are the results themselves and `failed` names those that failed."""
+    """What a run wrote, as DataFrames; `fits` are the results themselves and `failed` names those that failed.
+
+    messages: what went wrong after the fits, such as a picture that could not be drawn; a line each.
+    """
 
     directory: Path
     summary: pd.DataFrame
@@ -53,6 +50,7 @@ class Run:
     gaps: pd.DataFrame
     fits: Mapping[str, Fit] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
+    messages: tuple[str, ...] = ()
 
 
 class Interrupted(KeyboardInterrupt):
@@ -91,27 +89,60 @@ def run(
 
     Raises:
         InputError: the experiment, its data, model or guides are wrong; nothing has been written.
-        Interrupted: Ctrl-C; the fits that had finished are written.
+        Interrupted: Ctrl-C; the fits that had finished are written, and its message says so.
     """
     loaded, base, document = open_experiment(experiment, overrides)
     directory = Path(out) if out is not None else Path("runs") / loaded.name
-    _check_directory(directory)
+    require_ours(directory)
     with isolated(derive_seed(loaded.seed, "run"), _dtype(loaded)):
         with document.located():
             plan = _prepare(loaded, base, smoke)
             order = _order(plan.options)
             _build_all(plan, order)
-        fits, failures, interrupted = _run_fits(plan, order, progress or Silent())
-        result = _collect(plan, fits, failures, directory)
-    _write(plan, result, interrupted)
-    if interrupted is not None:
-        kept = (
-            f"the results of {', '.join(fits)} are in {directory}"
-            if fits
-            else "no fit had finished; nothing is kept"
-        )
-        raise Interrupted(f"interrupted during fit '{interrupted}': {kept}")
-    return result
+        with staged(directory) as staging:
+            fits, failures, at = _run_fits(plan, order, progress or Silent())
+            if at is not None and not fits:
+                raise Interrupted(f"interrupted during fit '{at}': no fit had finished; nothing is kept")
+            return _deliver(plan, fits, failures, None if at is None else f"fit '{at}'", directory, staging)
+
+
+def _deliver(
+    plan: _Plan,
+    fits: Mapping[str, tuple[Problem, Fit]],
+    failures: Mapping[str, str],
+    at: str | None,
+    directory: Path,
+    staging: Path,
+) -> Run:
+    """Write what the fits gave and move it into place: tables first, for which even Ctrl-C waits.
+
+    at: where the run has been interrupted already, if it has.
+
+    Raises:
+        Interrupted: it has been interrupted; says what is kept.
+        InputError: the folder cannot be written.
+    """
+    text, without = to_yaml(plan.experiment), ""
+    try:
+        with patient() as pressed:
+            result = _collect(plan, fits, failures, directory)
+            frames = {name: getattr(result, name) for name in tables.SCHEMAS}
+            environment = writing.write_record(staging, frames, result.fits, text)
+        at = "the writing of the tables" if pressed else at
+        problems, cut = writing.write_pages(staging, frames, plan.dataset, environment, text)
+        if cut:
+            at, without = at or "the drawing of the pictures", ", without the pictures"
+        with patient():
+            publish(staging, directory)
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted before the tables were written: nothing is kept") from None
+    except OSError as error:
+        got = f"{error.strerror or error}"
+        raise InputError(f"output folder {directory}", "a folder that can be written", got) from error
+    if at is not None:
+        kept = f"the results of {', '.join(fits)} are in {directory}{without}"
+        raise Interrupted(f"interrupted during {at}: {kept}")
+    return replace(result, messages=tuple(problems))
 
 
 def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, bool, str]]:
@@ -491,7 +522,7 @@ def _labelled(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
     rows: list[tuple[str, str, str, float]] = []
     for parameter, value in fit.parameters.items():
-        if value.numel() > LARGE_PARAMETER:
+        if value.numel() > writing.LARGE_PARAMETER:
             continue
         flat = value.detach().double().reshape(-1).tolist()
         if value.dim() == 0:
@@ -516,106 +547,3 @@ def _posterior_rows(name: str, problem: Problem, fit: Fit) -> list[pd.DataFrame]
         local = problem.data_plate in problem.model.structure.sites[site].plates
         frames.append(moment_frame(site, mean, sd, local).assign(fit=name, kind="variational"))
     return frames
-
-
-# ---------------------------------------------------------------------------------------------------- writing
-
-
-def _check_directory(directory: Path) -> None:
-    """Refuse a folder that is not ours to replace, or not ours to write, before anything runs."""
-    where = f"output folder {directory}"
-    if directory.exists():
-        if not directory.is_dir():
-            raise InputError(where, "a folder", "a file", "give another --out")
-        entries = list(directory.iterdir())
-        if entries and not all((directory / mark).exists() for mark in _MARKS):
-            raise InputError(
-                where,
-                "a new folder or one of an earlier run",
-                "a folder with other files",
-                "give another --out",
-            )
-    parent = directory
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(
-            where, "a folder that can be written", f"no write permission in {parent}", "give another --out"
-        )
-
-
-def _write(plan: _Plan, result: Run, interrupted: str | None) -> None:
-    """Write everything to a folder beside the target and move it into place at the end."""
-    if interrupted is not None and not result.fits:
-        return
-    target = result.directory
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        _write_into(plan, result, staging)
-        staging.chmod(0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        staging.rename(target)
-    finally:
-        if staging.exists():
-            shutil.rmtree(staging)
-
-
-def _write_into(plan: _Plan, result: Run, directory: Path) -> None:
-    text = to_yaml(plan.experiment)
-    (directory / "experiment.yaml").write_text(text, encoding="utf-8")
-    environment = _environment()
-    (directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    frames = {
-        "summary": result.summary,
-        "history": result.history,
-        "parameters": result.parameters,
-        "posterior": result.posterior,
-        "gaps": result.gaps,
-    }
-    tables.write_tables(directory, frames)
-    large = {
-        f"{name}/{p}": v.contiguous().clone()
-        for name, fit in result.fits.items()
-        for p, v in fit.parameters.items()
-        if v.numel() > LARGE_PARAMETER
-    }
-    if large:
-        from safetensors.torch import save_file
-
-        save_file(large, str(directory / "parameters.safetensors"))
-    pictures = plots.draw_all(frames, _data_frame(plan.dataset), directory / "plots")
-    report.write_report(directory, frames, pictures, environment, text)
-
-
-def _data_frame(dataset: data.Dataset) -> pd.DataFrame:
-    """The numeric features of the training rows, one column each, for scatter plots."""
-    columns: dict[str, Any] = {}
-    for name, tensor in dataset.tensors.items():
-        if not tensor.is_floating_point() or tensor.dim() > 2:
-            continue
-        names = dataset.columns.get(name, ())
-        if tensor.dim() == 1:
-            columns[f"{name}.{names[0]}" if names else name] = tensor.double().numpy()
-        else:
-            for i in range(tensor.shape[1]):
-                columns[f"{name}.{names[i] if i < len(names) else i}"] = tensor[:, i].double().numpy()
-    return pd.DataFrame(columns, index=pd.RangeIndex(dataset.num_rows, name="datum"))
-
-
-def _environment() -> dict[str, Any]:
-    packages = ("lvmppl", "torch", "pyro-ppl", "pandas", "numpy", "scikit-learn", "matplotlib")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed as a package"
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "threads": torch.get_num_threads(),
-        "packages": versions,
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }

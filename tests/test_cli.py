@@ -9,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -69,9 +70,13 @@ def wrong_shape(x):
         z = pyro.sample("z", dist.Categorical(torch.ones(2)), infer=ENUMERATE)
         pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
 
+class Odd(dist.Normal):
+    def log_prob(self, value):
+        raise KeyError("the density's own words")
+
 def uncomputable(x):
     with pyro.plate("data", len(x)):
-        pyro.sample("x", dist.Categorical(torch.ones(2)).expand([2]).to_event(1), obs=(x + 7).long())
+        pyro.sample("x", Odd(torch.zeros(2), torch.ones(2)).to_event(1), obs=x)
 
 def twice(x):
     mixture(x)
@@ -315,20 +320,122 @@ def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
     assert "too late" in summary.loc["broken", "message"] and "too late" in result.stdout
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupt_keeps_the_fits_that_had_finished_and_exits_with_130(folder: Path) -> None:
     fits = "  second: {algorithm: vem, guide: {use: 'own.py:interrupting_guide'}, max_steps: 400}\n"
     (folder / "small.yaml").write_text(EXPERIMENT + fits)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        result = lvmppl("run", "small.yaml")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    result = lvmppl("run", "small.yaml")
     assert result.exit_code == 130, result.output
     assert re.fullmatch(
         r"interrupted during fit 'second': the results of em are in runs/small\n", result.stderr
     )
     summary = pd.read_csv(folder / "runs" / "small" / "summary.csv")
     assert list(summary["fit"]) == ["em"]
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a terminal's program gets it; a shell's background job ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_interrupt_while_tables_are_written_waits_for_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lvmppl import runner
+
+    collect = runner._collect
+
+    def interrupted(*args: Any) -> runner.Run:
+        os.kill(os.getpid(), signal.SIGINT)
+        return collect(*args)
+
+    monkeypatch.setattr(runner, "_collect", interrupted)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 130, result.output
+    assert result.stderr == (
+        "interrupted during the writing of the tables: the results of em are in runs/small\n"
+    )
+    assert list(pd.read_csv("runs/small/summary.csv")["fit"]) == ["em"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_second_interrupt_while_tables_are_written_ends_the_run_and_says_that_nothing_is_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(folder.rglob("*"))
+
+    def interrupted(*args: Any) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("lvmppl.runner._collect", interrupted)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 130, result.output
+    assert result.stderr == "interrupted before the tables were written: nothing is kept\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_interrupt_while_pictures_are_drawn_keeps_tables_and_report(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lvmppl.plots.objective_curves", interrupted)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 130, result.output
+    assert result.stderr == (
+        "interrupted during the drawing of the pictures: the results of em are in runs/small, "
+        "without the pictures\n"
+    )
+    assert list(pd.read_csv("runs/small/summary.csv")["fit"]) == ["em"]
+    assert Path("runs/small/report.html").is_file() and not Path("runs/small/plots").exists()
+
+
+def test_picture_or_report_that_fails_costs_nothing_else(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("no such colour")
+
+    monkeypatch.setattr("lvmppl.plots.objective_curves", broken)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 0, result.output
+    assert "picture objective: RuntimeError: no such colour\n" in result.stdout
+    written = {p.name for p in Path("runs/small").rglob("*")}
+    assert {"components_z.png", "report.html", "summary.csv"} <= written and "objective.png" not in written
+    monkeypatch.setattr("lvmppl.report.write_report", broken)
+    result = lvmppl("run", "small.yaml")
+    assert result.exit_code == 0 and "report.html: RuntimeError: no such colour\n" in result.stdout
+    assert Path("runs/small/summary.csv").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SystemExit()])
+def test_earlier_run_is_whole_until_the_new_one_stands_in_its_place(
+    error: BaseException, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SystemExit stands for a kill: nothing runs that would put things right."""
+    assert lvmppl("run", "small.yaml").exit_code == 0
+    before = Path("runs/small/summary.csv").read_bytes()
+    rename = Path.rename
+
+    def stopped(self: Path, target: Path) -> Path:
+        if Path(target) == Path("runs/small") and "-earlier-" not in str(self):
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    result = lvmppl("run", "small.yaml")
+    (kept,) = Path("runs").rglob("summary.csv")
+    assert kept.read_bytes() == before
+    if isinstance(error, OSError):
+        assert result.exit_code == 2 and "No space left on device" in result.stderr
+        assert kept == Path("runs/small/summary.csv")
 
 
 # ------------------------------------------------------------------------------------------ wrong input
@@ -534,7 +641,7 @@ WRONG: dict[str, Wrong] = {
     ),
     "log-densities that cannot be computed": Wrong(
         "small.yaml:3: model: model 'uncomputable': expected log-densities that can be computed at the start .*, "
-        r"got \w+Error: .*",
+        "got KeyError: .*own words.*",
         base=own("uncomputable"),
     ),
     "model that raises": Wrong(
@@ -610,7 +717,12 @@ WRONG: dict[str, Wrong] = {
         "output folder rows.csv: .*got a file.*", arguments=("small.yaml", "--out", "rows.csv")
     ),
     "folder below a file": Wrong(
-        "output folder rows.csv/x: .*", arguments=("small.yaml", "--out", "rows.csv/x")
+        "output folder rows.csv/x: expected a folder that can be made, got a path below the file .*rows.csv; .*",
+        arguments=("small.yaml", "--out", "rows.csv/x"),
+    ),
+    "folder that nobody can make": Wrong(
+        "output folder /proc/made/here: expected a folder that can be written, got .*",
+        arguments=("small.yaml", "--out", "/proc/made/here"),
     ),
 }
 
@@ -651,15 +763,22 @@ def test_folder_that_cannot_be_written_is_refused(folder: Path) -> None:
     assert result.exit_code == 2 and "expected a folder that can be written" in result.stderr
 
 
-def test_folder_that_cannot_be_written_is_refused_whoever_runs_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", ["os.access", "tempfile.mkdtemp"])
+def test_folder_that_cannot_be_written_is_refused_before_any_fit_whoever_runs_it(
+    at: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    def forbidden(*args: object, **kwargs: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(at, forbidden if at.startswith("tempfile") else lambda path, mode: False)
+    monkeypatch.setattr("lvmppl.runner._run_fits", lambda *args: pytest.fail("a fit has begun"))
+    before = sorted(folder.rglob("*"))
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 2
     assert re.fullmatch(
         "output folder runs/small: expected a folder that can be written, got .*\n", result.stderr
     )
+    assert "ermission" in result.stderr and sorted(folder.rglob("*")) == before
 
 
 # ------------------------------------------------------------------------------------------ what is shown

@@ -22,7 +22,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "runner": (
         "lvmppl.runner lvmppl.running.*",
         "errors options spec catalogue data inference algorithms exact density results compare tables plots"
-        " report",
+        " report runner",
         "yaml",
     ),
     "inference": ("lvmppl.inference", "errors options density results exact algorithms", "yaml pandas"),
