@@ -74,6 +74,9 @@ class Fit:
     )  # of q's continuous sites: [2, *shape], mean and sd
     m_step: tuple[MStep, ...] = ()  # EM and variational EM
     e_step: tuple[EStep, ...] = ()  # variational EM
+    standard_errors: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # of θ, on request; NaN: there is none
     guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
 
@@ -102,6 +105,7 @@ class Fit:
             ("lambda", self.guide_parameters),
             ("buffer", self.guide_buffers),
             ("q", self.moments),
+            ("standard_error", self.standard_errors),
         ):
             tensors.update({f"{group}/{k}": v.detach().contiguous().clone() for k, v in values.items()})
         if self.elbo_per_datum is not None:
@@ -145,13 +149,14 @@ def load_fit(path: str | Path) -> Fit:
     posterior = _unpack_posterior(meta.pop("posterior"), "posterior", tensors)
     variational = _unpack_posterior(meta.pop("variational"), "variational", tensors)
     sampled = _unpack_sampled(meta.pop("sampled", None), tensors)
-    groups = {g: _group(f"{g}/", tensors) for g in ("theta", "lambda", "buffer", "q")}
+    groups = {g: _group(f"{g}/", tensors) for g in ("theta", "lambda", "buffer", "q", "standard_error")}
     return Fit(
         **meta,
         parameters=groups["theta"],
         guide_parameters=groups["lambda"],
         guide_buffers=groups["buffer"],
         moments=groups["q"],
+        standard_errors=groups["standard_error"],
         variational=variational,
         all_history=history,
         m_step=m_step,

@@ -123,21 +123,27 @@ class VariationalOptions(IterativeOptions):
         return self.schedule or ("constant" if self.optimizer == "lbfgs" else "linear")
 
 
-class EnumerationOptions(IterativeOptions):
-    """Gradient ascent on the exact log evidence.
+class ExactOptions(IterativeOptions):
+    """What the algorithms on the exact log evidence take.
 
     restarts: restart 0 starts as `init` says, the others at random; the best is kept.
+    standard_errors: whether to report standard errors of θ̂, from the observed information.
     """
 
-    algorithm: Literal["enumeration"] = "enumeration"
     restarts: Count = 1
+    standard_errors: bool = False
 
 
-class EMOptions(IterativeOptions):
+class EnumerationOptions(ExactOptions):
+    """Gradient ascent on the exact log evidence."""
+
+    algorithm: Literal["enumeration"] = "enumeration"
+
+
+class EMOptions(ExactOptions):
     """Expectation maximisation. m_steps: updates of an M-step by gradient; a closed form counts as one."""
 
     algorithm: Literal["em"] = "em"
-    restarts: Count = 1
     m_steps: Count = 20
 
 

@@ -220,6 +220,8 @@ def _cut(options: Options, steps: int) -> dict[str, Any]:
         draws = 1 if steps == 1 else MIN_DRAWS
         cut["num_samples"] = min(draws, getattr(options, "num_samples", draws))
         cut["warmup"] = min(draws, getattr(options, "warmup", draws))
+    if "standard_errors" in fields and steps == 1:
+        cut["standard_errors"] = False
     if "restarts" in fields:
         cut["restarts"] = 1 if steps == 1 else min(2, getattr(options, "restarts", 1))
     return cut
@@ -520,19 +522,24 @@ def _labelled(frame: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def _parameter_rows(name: str, fit: Fit) -> pd.DataFrame:
-    rows: list[tuple[str, str, str, float]] = []
+    """A row per entry of θ; a fit that was asked for standard errors has their column."""
+    parts = []
     for parameter, value in fit.parameters.items():
         if value.numel() > writing.LARGE_PARAMETER:
             continue
-        flat = value.detach().double().reshape(-1).tolist()
-        if value.dim() == 0:
-            rows.append((name, parameter, "", flat[0]))
-            continue
-        index = (
-            torch.cartesian_prod(*(torch.arange(s) for s in value.shape)).reshape(-1, value.dim()).tolist()
-        )
-        rows += [(name, parameter, ",".join(map(str, i)), v) for i, v in zip(index, flat, strict=True)]
-    return pd.DataFrame(rows, columns=["fit", "parameter", "position", "value"])
+        index = torch.cartesian_prod(*(torch.arange(s) for s in value.shape)) if value.dim() else None
+        where = [()] if index is None else index.reshape(-1, value.dim()).tolist()
+        columns = {
+            "parameter": parameter,
+            "position": [",".join(map(str, i)) for i in where],
+            "value": value.detach().double().reshape(-1).numpy(),
+        }
+        if fit.standard_errors:
+            columns["standard_error"] = fit.standard_errors[parameter].double().reshape(-1).numpy()
+        parts.append(pd.DataFrame({"fit": name, **columns}))
+    if not parts:
+        return pd.DataFrame(columns=["fit", "parameter", "position", "value"])
+    return pd.concat(parts, ignore_index=True)
 
 
 def _posterior_rows(name: str, problem: Problem, fit: Fit) -> list[pd.DataFrame]:

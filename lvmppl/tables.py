@@ -71,8 +71,12 @@ EXTENDABLE = frozenset(
     {"history", "gaps"}
 )  # what an algorithm logs, and the parts of a gap, follow the contract's columns
 
-# columns that follow the contract's where a run has them: what Markov chains say of their draws
-OPTIONAL: Mapping[str, Mapping[str, str]] = {"summary": {"rhat": REAL, "ess": REAL, "divergences": INTEGER}}
+# columns that follow the contract's where a run has them: what Markov chains say of their draws, and standard errors of
+# θ where a fit was asked for them
+OPTIONAL: Mapping[str, Mapping[str, str]] = {
+    "summary": {"rhat": REAL, "ess": REAL, "divergences": INTEGER},
+    "parameters": {"standard_error": REAL},
+}
 
 CSV_ROWS = 10**6
 
@@ -88,7 +92,7 @@ def validate(name: str, frame: pd.DataFrame) -> pd.DataFrame:
     """The frame as table `name` of the contract: its columns in order with their dtypes, rows numbered from
     0.
 
-    `history` and `gaps` may have columns of their own, which follow, and the summary those of `OPTIONAL`. Raises
+    `history` and `gaps` may have columns of their own, which follow, and any table those of `OPTIONAL`. Raises
     AssertionError, the caller being wrong, for an unknown table, missing, extra or repeated columns, values that
     are not of a column's dtype, and unknown words.
     """

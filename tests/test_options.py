@@ -53,6 +53,7 @@ def test_every_option_of_an_iterative_algorithm_is_kept_as_given() -> None:
         "start_from": "other",
         "freeze": ["weights", "loc"],
         "restarts": 4,
+        "standard_errors": True,
         "m_steps": 3,
         "compile": "never",
     }

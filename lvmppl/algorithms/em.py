@@ -28,6 +28,7 @@ from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics, of_restarts, stacked
 from lvmppl.algorithms.tabulated import Imprecise, Tabulated, tabulate
+from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
@@ -51,7 +52,8 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
         best = best_of(done)
         notes = [best.message, *remarks(run.plan, best.values)]
         best.message = "; ".join(dict.fromkeys(note for note in notes if note))
-    return replace(finish(problem, options, done, best), m_step=run.plan.steps)
+    fit = replace(finish(problem, options, done, best), m_step=run.plan.steps)
+    return with_standard_errors(fit, problem) if options.standard_errors else fit
 
 
 class _Run:

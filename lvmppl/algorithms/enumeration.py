@@ -25,6 +25,7 @@ from lvmppl.algorithms.evidence import log_evidence, require_exact
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
+from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import Coordinates, unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EnumerationOptions
@@ -41,7 +42,8 @@ def infer(problem: Problem, options: EnumerationOptions) -> Fit:
         done = run_restarts(
             problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r)
         )
-    return finish(problem, options, done, best_of(done))
+    fit = finish(problem, options, done, best_of(done))
+    return with_standard_errors(fit, problem) if options.standard_errors else fit
 
 
 def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Trajectory:
