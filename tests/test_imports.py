@@ -20,7 +20,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "cli": ("lvmppl.__main__ lvmppl.cli", "errors spec catalogue scaffold runner cli", "torch pyro yaml"),
     "scaffold": ("lvmppl.scaffold", "errors options", HEAVY),
     "runner": (
-        "lvmppl.runner lvmppl.running.*",
+        "lvmppl.runner lvmppl.running lvmppl.running.*",
         "errors options spec catalogue data inference algorithms exact density results compare tables plots"
         " report runner",
         "yaml",
