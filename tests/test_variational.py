@@ -15,8 +15,13 @@ from torch.distributions import constraints
 
 import lvmppl
 from lvmppl.algorithms.ascent import rate_factor
+from lvmppl.algorithms.early import Watch
+from lvmppl.algorithms.problem import build_problem
+from lvmppl.algorithms.svi import ascend
 from lvmppl.algorithms.tables import ROW_OPTIMIZERS
+from lvmppl.density import isolated
 from lvmppl.errors import InputError
+from lvmppl.options import SVIOptions, VEMOptions
 
 X = torch.tensor([0.4, 1.1, 2.3], dtype=torch.float64)
 
@@ -270,12 +275,6 @@ def test_patience_with_held_out_rows_stops_before_the_steps_run_out() -> None:
 
 
 def test_held_out_rows_reach_no_step() -> None:
-    from lvmppl.algorithms.early import Watch
-    from lvmppl.algorithms.problem import build_problem
-    from lvmppl.algorithms.svi import ascend
-    from lvmppl.density import isolated
-    from lvmppl.options import SVIOptions
-
     with isolated(0, torch.float64):
         problem = build_problem("a", latent_normal, {"x": MANY}, guide=encoder_guide)
         watch = Watch(problem, SVIOptions(patience=1, validation_fraction=0.25))
@@ -295,18 +294,35 @@ def test_held_out_rows_reach_no_step() -> None:
         torch.testing.assert_close(found[1][name], value, rtol=0, atol=0)
 
 
-def test_validation_fraction_refuses_a_table_and_no_patience() -> None:
-    with pytest.raises(InputError, match=r"validation_fraction: expected a guide .* table logits"):
-        lvmppl.fit(
-            table_model,
-            {"x": ROWS},
-            algorithm="svi",
-            guide=table_guide,
-            patience=2,
-            validation_fraction=0.2,
-        )
+def test_validation_fraction_without_patience_is_refused() -> None:
     with pytest.raises(InputError, match="expected patience beside it"):
         lvmppl.fit(latent_normal, {"x": MANY}, algorithm="svi", guide=encoder_guide, validation_fraction=0.2)
+
+
+@pytest.mark.parametrize(("algorithm", "batch_size"), [("svi", None), ("svi", 3), ("vem", None)])
+def test_table_of_held_out_rows_is_optimised_at_each_look(algorithm: str, batch_size: int | None) -> None:
+    """q holds the posterior, so the held-out ELBO reaches the log evidence of these rows, by hand at the fit's θ."""
+    options: dict[str, Any] = {
+        "max_steps": 100,
+        "learning_rate": 0.1,
+        "batch_size": batch_size,
+        "tolerance": 0,
+    }
+    watched = {"patience": 50, "validation_fraction": 0.3}
+    fit = lvmppl.fit(table_model, {"x": ROWS}, algorithm=algorithm, guide=table_guide, **options, **watched)
+    with isolated(0, torch.float64):
+        problem = build_problem("fit", table_model, {"x": ROWS}, guide=table_guide)
+        settings: Any = {"svi": SVIOptions, "vem": VEMOptions}[algorithm]
+        held = Watch(problem, settings(**options, **watched)).held_out
+    assert held is not None and len(held) == 3
+    normals = torch.distributions.Normal(fit.parameters["loc"], torch.ones(2, dtype=torch.float64))
+    joint = torch.tensor([0.3, 0.7], dtype=torch.float64).log() + normals.log_prob(ROWS[held, None])
+    evidence = torch.logsumexp(joint, -1)
+    assert fit.elbo_per_datum is not None
+    torch.testing.assert_close(fit.elbo_per_datum[held], evidence, rtol=0, atol=1e-3)
+    assert (
+        (joint - evidence[:, None]).exp() - 0.5
+    ).abs().max() > 0.2  # the table's own start is far from there
 
 
 def two_means(x: Tensor) -> None:

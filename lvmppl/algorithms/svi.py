@@ -140,7 +140,7 @@ class _Ascent:
             found = self.watch.best_values
             trajectory.values = self.stepper.averaged_values() if found is None else found
             trajectory.objective = trajectory.tail_mean()
-        trajectory.values = trajectory.values or dict(self.start)
+        trajectory.values = self.watch.completed(trajectory.values or dict(self.start))
         return trajectory
 
 

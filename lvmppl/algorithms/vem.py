@@ -226,7 +226,7 @@ def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple
         found = state.watch.best_values
         trajectory.values = state.averaged_values() if found is None else found
         trajectory.objective = trajectory.tail_mean()
-    trajectory.values = trajectory.values or dict(state.start)
+    trajectory.values = state.watch.completed(trajectory.values or dict(state.start))
     if not diverged and state.closed.e.blocks and not state.noisy:
         trajectory.values = {**trajectory.values, **state.closed.e_phase(trajectory.values)}
     return trajectory, state.closed
