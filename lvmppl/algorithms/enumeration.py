@@ -27,6 +27,8 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import Coordinates, unvalidated
+from lvmppl.errors import IntractableError
+from lvmppl.exact.evaluation import ImproperPosterior
 from lvmppl.fitted import Fit
 from lvmppl.options import EnumerationOptions
 
@@ -54,7 +56,13 @@ def _ascend(problem: Problem, options: EnumerationOptions, restart: int) -> Traj
     stopping = Stopping(options.tolerance)
 
     def objective(unconstrained: Mapping[str, Tensor]) -> Tensor:
-        return log_evidence(problem, {**fixed, **coordinates.constrain(unconstrained)})
+        try:
+            return log_evidence(problem, {**fixed, **coordinates.constrain(unconstrained)})
+        except (IntractableError, ImproperPosterior):
+            # A line search may try θ so far out that rounding hides what an engine checks: no place to go to.
+            if not trajectory.rows:
+                raise
+            return torch.tensor(-math.inf, dtype=next(iter(unconstrained.values())).dtype)
 
     def on_step(step: int, value: float, unconstrained: Mapping[str, Tensor]) -> bool:
         trajectory.record(step, value)

@@ -97,6 +97,13 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     enumerated = [structure.sites[n] for n in structure.enumerated]
     local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
     home = {plate} if local else set()
+    chains = [structure.sites[n] for n in structure.enumerated if evaluation.variables[n].steps is not None]
+    if chains:
+        raise _intractable(
+            [*latents, *chains],
+            "a discrete chain beside continuous sites, whose every sequence would be a configuration",
+            "use svi with a guide over both",
+        )
     awkward = [s for s in enumerated if set(s.plates) - home]
     if awkward:
         raise _intractable(
