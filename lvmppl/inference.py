@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -156,7 +157,11 @@ def as_tensors(data: Data) -> dict[str, Tensor]:
     result = {}
     for name, value in data.items():
         try:
-            tensor = torch.as_tensor(value)
+            with (
+                warnings.catch_warnings()
+            ):  # nothing writes to the data, a memory map opened for reading among them
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                tensor = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"data['{name}']", "a tensor or an array of numbers", type(value).__name__

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -426,4 +426,25 @@ def _with_gradient(factor: Factor) -> Factor:
     )
 
 
-__all__ = ["Mode", "Posterior"]
+class DeferredPosterior(Posterior):
+    """A posterior of which the log evidence is known and the rest is built when first asked for.
+
+    build: makes the posterior. Kept until then are the data and the parameters, and nothing of the size of both.
+    """
+
+    def __init__(self, build: Callable[[], Posterior], log_evidence: float, engine: str) -> None:
+        vars(self).update(_build=build, log_evidence=log_evidence, engine=engine)
+
+    def __getattr__(self, name: str) -> Any:  # called for what is not there yet
+        known = {f.name for f in fields(Posterior)}
+        if name not in known or "_build" not in vars(self):
+            raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        made = vars(self).pop("_build")()
+        vars(self).update({n: getattr(made, n) for n in known})
+        return vars(self)[name]
+
+    def __reduce__(self) -> tuple[type[Posterior], tuple[Any, ...]]:
+        return Posterior, tuple(getattr(self, f.name) for f in fields(Posterior))
+
+
+__all__ = ["DeferredPosterior", "Mode", "Posterior"]

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lvmppl.algorithms.problem import Problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
-from lvmppl.density import Factor, Rows, Values, Variable
+from lvmppl.density import Evaluation, Factor, Rows, Values, Variable, isolated, unvalidated
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named, align, log_sum_exp
 from lvmppl.exact.scales import scale_of
-from lvmppl.posteriors import Posterior
+from lvmppl.posteriors import DeferredPosterior, Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
 _FEW_ROWS = 3
@@ -96,16 +96,45 @@ def exact_posterior(problem: Problem, values: Values) -> Posterior | ContinuousP
     return _enumerated_posterior(problem, values)
 
 
+def deferred_posterior(problem: Problem, values: Values) -> Posterior | ContinuousPosterior:
+    """`exact_posterior` whose log evidence is known at once; data of several pieces are joined only when asked for.
+
+    Until then its memory does not grow with the number of rows.
+    """
+    if problem.integrates or problem.num_rows <= CHUNK or not is_chunkable(problem):
+        return exact_posterior(problem, values)
+    total, plate = 0.0, problem.data_plate
+    for last in _evaluations(problem, values):
+        with torch.no_grad():
+            done = eliminate(last.factors, last.variables, last.plate_sizes, plate)
+        total += float(done.total)
+    if total == -math.inf:  # whoever is impossible is to be named
+        return exact_posterior(problem, values)
+    dtype = torch.get_default_dtype()
+
+    def build() -> Posterior:
+        with isolated(problem.seed, dtype), unvalidated():
+            return _enumerated_posterior(problem, values)
+
+    return DeferredPosterior(build, total, _engine(last.variables))
+
+
+def _evaluations(problem: Problem, values: Values) -> Iterator[Evaluation]:
+    """The model on consecutive pieces of the data, without the priors of θ."""
+    sites = problem.model.structure.sites
+    for data, rows in chunks(problem):
+        with torch.no_grad():
+            found = problem.model.evaluate(data, values, rows)
+        own = (f for f in found.factors if f.site not in sites or sites[f.site].kind != "parameter")
+        yield replace(found, factors=tuple(own))
+
+
 def _enumerated_posterior(problem: Problem, values: Values) -> Posterior:
     parts: list[tuple[Factor, ...]] = []
     known: list[Mapping[str, Variable]] = []
-    with torch.no_grad():
-        for data, rows in chunks(problem):
-            last = problem.model.evaluate(data, values, rows)
-            sites = problem.model.structure.sites
-            own = (f for f in last.factors if f.site not in sites or sites[f.site].kind != "parameter")
-            parts.append(tuple(own))
-            known.append(last.variables)
+    for last in _evaluations(problem, values):
+        parts.append(last.factors)
+        known.append(last.variables)
     sizes = dict(last.plate_sizes)
     plate = problem.data_plate
     if plate is not None:

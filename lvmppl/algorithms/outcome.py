@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Trajectory
-from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.evidence import deferred_posterior
 from lvmppl.algorithms.points import point_message
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.reported import reported_bound
@@ -79,7 +79,7 @@ def evaluate(problem: Problem, values: Values) -> Score:
     """The exact posterior and log evidence where there is an engine for them; ELBO and q where there is a guide."""
     posterior = None
     try:
-        posterior = exact_posterior(problem, values)
+        posterior = deferred_posterior(problem, values)
     except (IntractableError, ImproperPosterior, ModelError):
         if problem.guided is None:
             raise

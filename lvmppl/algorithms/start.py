@@ -7,7 +7,7 @@ responsibilities r (a chain at every step), hold every continuous site at a draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.closed_form import solve
 from lvmppl.algorithms.evidence import CHUNK, chunks
-from lvmppl.algorithms.expected import Piece, Weights, add_up, gradient_m_step
+from lvmppl.algorithms.expected import Piece, add_up, gradient_m_step
 from lvmppl.algorithms.m_step import solve_closed
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
@@ -35,6 +35,7 @@ from lvmppl.errors import InputError
 from lvmppl.exact.named import Named, align
 from lvmppl.exponential import TRANSITION
 
+_KMEANS_ROWS = 2**16  # rows that the means are found on, evenly spaced; all rows are then assigned to them
 _START_STEPS = 50  # L-BFGS iterations of the M-step that turns responsibilities into parameters
 
 
@@ -55,12 +56,16 @@ def start_values(
                 "use init: params and restarts: 1",
             )
         return values
-    weights = _responsibility_weights(problem, how, restart)
+    names = problem.free_theta if plan is None else plan.by_gradient
+    weights: Iterable[Piece] = _responsibilities(problem, how, restart)
+    if names or plan is None or plan.needs_weights:
+        weights = list(weights)
     if plan is not None and plan.closed:
         statistics = _statistics_of(problem, plan, weights)
-        values, _ = solve_closed(problem, plan, values, statistics, weights)
-    names = problem.free_theta if plan is None else plan.by_gradient
+        kept = weights if isinstance(weights, list) else None
+        values, _ = solve_closed(problem, plan, values, statistics, kept)
     if names:
+        assert isinstance(weights, list)
         values.update(gradient_m_step(problem, values, weights, _START_STEPS, tolerance=1e-6, names=names))
     return values
 
@@ -95,7 +100,7 @@ def start_together(
     return {n: torch.cat([problem.initial[n].unsqueeze(0), v]) for n, v in solved.items()}
 
 
-def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, Statistics]:
+def _statistics_of(problem: Problem, plan: Plan, weights: Iterable[Piece]) -> dict[str, Statistics]:
     statistics: dict[str, Statistics] = {}
     for (data, rows), piece in zip(chunks(problem), weights, strict=True):
         with torch.no_grad():
@@ -105,17 +110,17 @@ def _statistics_of(problem: Problem, plan: Plan, weights: Weights) -> dict[str, 
     return statistics
 
 
-def _responsibility_weights(problem: Problem, how: str, restart: int) -> Weights:
+def _responsibilities(problem: Problem, how: str, restart: int) -> Iterator[Piece]:
+    """The weights of every factor, chunk by chunk of the data."""
     generator = _generator(problem, restart)
     labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
-    result, begin = [], 0
+    begin = 0
     for data, rows in chunks(problem):
         model = _at_draws(problem, data, rows, generator) if problem.integrates else problem.model
         with torch.no_grad():
             evaluation = model.evaluate(data, problem.initial, rows)
-        result.append(Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model))
+        yield Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model)
         begin += rows.size
-    return result
 
 
 def _generator(problem: Problem, restart: int) -> torch.Generator:
@@ -218,7 +223,7 @@ def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[str, Te
     On all floating data (all data where none is), standardised; of a chain on what has an axis of its steps.
     """
     with torch.no_grad():
-        evaluation = problem.model.evaluate(problem.data, problem.initial, Rows(problem.num_rows))
+        _, evaluation = problem.model.view(problem.data, problem.initial)
     found: dict[tuple[int, int | None], Tensor] = {}
     labels: dict[str, Tensor] = {}
     for name, variable in evaluation.variables.items():
@@ -245,16 +250,24 @@ def _cluster(problem: Problem, variable: Variable, generator: torch.Generator) -
     fitting = [t for t in fitting if t.is_floating_point()] or fitting
     if not fitting:
         return None
-    features = torch.cat([t.reshape(*t.shape[:axes], -1).double() for t in fitting], -1)
-    valid = torch.ones(features.shape[:-1], dtype=torch.bool)
+    valid = torch.ones(fitting[0].shape[:axes], dtype=torch.bool)
     if variable.steps is not None and variable.lengths is not None:
         valid &= torch.arange(variable.steps) < variable.lengths.reshape(-1, 1)
-    rows = features[valid]
-    if variable.size > len(rows):
+    flat = [t.reshape(valid.numel(), -1) for t in fitting]
+    kept = torch.nonzero(valid.flatten()).flatten()
+    if variable.size > len(kept):
         return None
-    rows = (rows - rows.mean(0)) / rows.std(0, unbiased=False).clamp_min(1e-12)
+    few = kept[torch.linspace(0, len(kept) - 1, min(len(kept), _KMEANS_ROWS)).long()]
+    rows = _features(flat, few)
+    mean, deviation = rows.mean(0), rows.std(0, unbiased=False).clamp_min(1e-12)
     seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    found = KMeans(variable.size, n_init=1, random_state=seed).fit_predict(rows.numpy())
-    labels = torch.zeros(valid.shape, dtype=torch.long)
-    labels[valid] = torch.as_tensor(found, dtype=torch.long)
-    return labels
+    means = KMeans(variable.size, n_init=1, random_state=seed).fit(((rows - mean) / deviation).numpy())
+    labels = torch.zeros(valid.numel(), dtype=torch.long)
+    for part in kept.split(_KMEANS_ROWS):
+        found = means.predict(((_features(flat, part) - mean) / deviation).numpy())
+        labels[part] = torch.as_tensor(found, dtype=torch.long)
+    return labels.reshape(valid.shape)
+
+
+def _features(flat: Sequence[Tensor], rows: Tensor) -> Tensor:
+    return torch.cat([t.index_select(0, rows).double() for t in flat], -1)
