@@ -17,6 +17,7 @@ Shapes: P entries of the parameters' batch axes, N of the value's, E event entri
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -287,10 +288,17 @@ def mvn_natural(m: Tensor, root: Tensor) -> tuple[list[Tensor], Tensor]:
     linear = (whitener.mT @ white.unsqueeze(-1)).squeeze(-1)
     log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     constant = -(white.square().sum(-1) + log_det + size * _LOG_2PI) / 2
-    i, j = torch.triu_indices(size, size)
-    entries = precision[..., i, j] * torch.where(i == j, -0.5, -1.0).to(m.dtype)
+    upper, weights = _upper(size, m.dtype)
+    entries = precision.flatten(-2).index_select(-1, upper) * weights
     entries = entries.expand(*m.shape[:-1], entries.shape[-1])
     return [constant.unsqueeze(-1), linear, entries], whitener
+
+
+@functools.lru_cache(maxsize=64)
+def _upper(size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Of the entries i ≤ j of a matrix: where its flattened rows have them, and −½ on the diagonal, −1 off it."""
+    i, j = torch.triu_indices(size, size)
+    return i * size + j, torch.where(i == j, -0.5, -1.0).to(dtype)
 
 
 def _labels(plan: _Plan) -> Tensor:

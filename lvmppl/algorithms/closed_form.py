@@ -18,6 +18,7 @@ Shapes: R restarts lead every tensor (1 without); P entries of the parameters of
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -48,9 +49,16 @@ class ClosedSite:
         False  # whether the location is computed: squares are taken about it, at the θ of the moment
     )
 
-    @property
+    @functools.cached_property
     def sizes(self) -> dict[str, int]:
         return {d: s for f in self.lookups.values() for d, s in zip(f.dims, f.index.shape, strict=True)}
+
+    @functools.cached_property
+    def floor(self) -> Named:
+        """What a variance, or the smallest eigenvalue of a covariance in units of these, is held at or above."""
+        assert self.reference is not None and self.variance is not None
+        own = _matrix_floor if self.kind == "mvn" else _floor
+        return own(self.variance, self.reference)
 
     def full(self, named: Named, restarts: int, core: Sequence[str] = ()) -> Tensor:
         """A statistic or field at all axes: [R, *keep, *core]."""
@@ -113,7 +121,7 @@ def solve(
     values: [R, *shape]. priors: by parameter, pseudo-statistics of a conjugate prior to be added. between: called when
     locations are solved and spreads are not; returns θ and the statistics of sites whose squares depend on it.
     """
-    result = dict(values)
+    result, names = dict(values), frozenset(names)
     restarts = len(next(iter(values.values())))
     held: dict[str, Tensor] = {}
     for stage in (("simplex", "beta", "gamma", "loc"), ("precision", "covariance")):
@@ -136,7 +144,7 @@ def solve(
 def _gather(
     site: ClosedSite,
     stage: Iterable[str],
-    names: Collection[str],
+    names: frozenset[str],
     values: Values,
     statistics: Statistics,
     restarts: int,
@@ -145,7 +153,7 @@ def _gather(
     """Add the site's statistics to the sums of the parameters that belong to this stage."""
     for key, lookup in site.lookups.items():
         kind = site.kind if key in ("probs", "rate") else key
-        if kind not in stage or not set(lookup.names) & set(names):
+        if kind not in stage or names.isdisjoint(lookup.names):
             continue
         for part, tensor in _PARTS[kind](site, values, statistics, restarts).items():
             for name, own in _scatter(lookup, tensor, values).items():
@@ -203,31 +211,30 @@ def _location(site: ClosedSite, values: Values, s: Statistics, restarts: int) ->
 
 def _precision(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
     """a = n/2 and b = Σ q (x − μ)²/2, and the floor of the variance."""
-    assert site.reference is not None and site.variance is not None
     n, spread = site.full(s["n"], restarts), site.full(s["second"], restarts)
     if not site.residual:
+        assert site.reference is not None
         shift = site.full(site.field("loc", values), restarts) - site.full(site.reference, restarts)
         spread = spread - shift * (2 * site.full(s["first"], restarts) - n * shift)
-    floor = _floor(site.variance, site.reference)
     weight = _to_field(site, "precision", n)
     # A floor shared by several entries is their mean, by weight; sums of n and n · floor keep it linear.
-    held = _to_field(site, "precision", n * site.full(floor, restarts))
+    held = _to_field(site, "precision", n * site.full(site.floor, restarts))
     return {"a": weight / 2, "b": _to_field(site, "precision", spread.clamp_min(0)) / 2, "floor": held}
 
 
 def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
     """n and Σ q (x − μ)(x − μ)ᵀ, each at the entries of the covariance, and the floor's matrix."""
-    assert site.reference is not None and site.variance is not None
     core = (ROW,)
     n = site.full(s["n"], restarts)[..., None, None]
     matrix = unpacked(site.full(s["second"], restarts, (PACKED,)))
     if not site.residual:
+        assert site.reference is not None
         shift = site.full(site.field("loc", values), restarts, core) - site.full(
             site.reference, restarts, core
         )
         cross = site.full(s["first"], restarts, core).unsqueeze(-1) * shift.unsqueeze(-2)
         matrix = matrix - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
-    floor = torch.diag_embed(site.full(_matrix_floor(site.variance, site.reference), restarts, core))
+    floor = torch.diag_embed(site.full(site.floor, restarts, core))
     both = (ROW, COLUMN)
     parts = {"n": n.expand_as(matrix), "scatter": matrix, "floor": n * floor}
     return {k: _to_field(site, "covariance", v, both) for k, v in parts.items()}

@@ -148,6 +148,8 @@ class _Run:
         """Whether the log evidence is lower than it was, by more than rounding (or not a number)."""
         if not trajectory.values:
             return not math.isfinite(objective)
+        if trajectory.objective <= objective < math.inf:
+            return False
         before, dtype = trajectory.objective, working_dtype(self.problem)
         # A sum over rows may pass through 0, where what is lost is relative to its terms; a matrix at its floor ε^(1/2)
         # loses half of the digits of each.

@@ -9,6 +9,7 @@ Shapes: `RESTART` may lead the axes of q, and then leads those of the statistics
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -118,11 +119,16 @@ def packed(y: Tensor) -> Tensor:
 def unpacked(p: Tensor) -> Tensor:
     """The symmetric matrix of packed entries: [..., P] → [..., D, D]."""
     size = int(((8 * p.shape[-1] + 1) ** 0.5 - 1) / 2 + 0.5)
+    return p.index_select(-1, _packed_positions(size)).reshape(*p.shape[:-1], size, size)
+
+
+@functools.lru_cache(maxsize=64)
+def _packed_positions(size: int) -> Tensor:
+    """Where the packed entries have that of each row and column, [D · D]."""
     i, j = torch.triu_indices(size, size)
-    matrix = p.new_zeros(*p.shape[:-1], size, size)
-    matrix[..., i, j] = p
-    matrix[..., j, i] = p
-    return matrix
+    where = torch.zeros(size, size, dtype=torch.long)
+    where[i, j] = where[j, i] = torch.arange(len(i))
+    return where.flatten()
 
 
 def _counts(reading: Reading, q: Named, keep: Sequence[str]) -> Named:
