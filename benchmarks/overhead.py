@@ -3,13 +3,15 @@
 Both loops draw batches, evaluate an objective, log it, take its gradient and an Adam step. For the overhead the
 objective is a stand-in of a few microseconds, so that the difference is not lost in the noise of the ELBO; then a step
 with the real ELBO is timed against plain Pyro's TraceEnum_ELBO on the same model and guide.
-Prints medians of five paired runs. Run: python benchmarks/overhead.py
+Prints medians of five paired runs, in processor time so that other programs do not count, and exits with 1 when the
+overhead is above the limit. Run: python benchmarks/overhead.py
 """
 
 from __future__ import annotations
 
 import functools
 import statistics
+import sys
 import time
 
 import pyro
@@ -27,6 +29,7 @@ from lvmppl.models.mixture import gaussian_mixture
 from lvmppl.options import SVIOptions
 
 STEPS = 400
+LIMIT = 50  # µs a step
 real_elbo = batch_elbo
 
 
@@ -39,10 +42,11 @@ model = functools.partial(gaussian_mixture, num_components=3)
 
 
 def fitted(problem: object) -> float:
-    """Seconds a step of the fit's own loop (the scoring after it is not a step)."""
-    begin = time.perf_counter()
-    svi.ascend(problem, SVIOptions(max_steps=STEPS, batch_size=50))  # type: ignore[arg-type]
-    return (time.perf_counter() - begin) / STEPS
+    """Seconds a step of the fit's own loop (what comes before and the scoring after it are no steps)."""
+    ascent = svi._Ascent(problem, SVIOptions(max_steps=STEPS, batch_size=50), 0)  # type: ignore[arg-type]
+    begin = time.process_time()
+    ascent.run()
+    return (time.process_time() - begin) / STEPS
 
 
 def by_hand(problem: object, objective: object) -> float:
@@ -52,7 +56,7 @@ def by_hand(problem: object, objective: object) -> float:
     optimizer = torch.optim.Adam(leaves.values(), lr=0.01)
     objectives: list[float] = []
     batches: list[torch.Tensor] = []
-    begin = time.perf_counter()
+    begin = time.process_time()
     for _ in range(STEPS):
         if not batches:
             batches = list(torch.randperm(150).split(50))
@@ -62,7 +66,7 @@ def by_hand(problem: object, objective: object) -> float:
         objectives.append(float(value.detach()))
         (-value).backward()
         optimizer.step()
-    return (time.perf_counter() - begin) / STEPS
+    return (time.process_time() - begin) / STEPS
 
 
 def plain_pyro(x: torch.Tensor) -> float:
@@ -79,10 +83,10 @@ def plain_pyro(x: torch.Tensor) -> float:
         )
         batches = [x[torch.randperm(150)[:50]] for _ in range(STEPS)]
         optimiser.step(x=batches[0])
-        begin = time.perf_counter()
+        begin = time.process_time()
         for batch in batches:
             optimiser.step(x=batch)
-        return (time.perf_counter() - begin) / STEPS
+        return (time.process_time() - begin) / STEPS
 
 
 def main() -> None:
@@ -103,9 +107,12 @@ def main() -> None:
     ratio = statistics.median(r[0] / r[1] for r in rows)
     print(f"loop of a fit, stand-in objective {loop:7.0f} µs a step")
     print(f"the same steps by hand            {hand:7.0f} µs a step")
-    print(f"overhead                          {extra:7.0f} µs a step (at most 50)")
+    verdict = "OVER the limit of" if extra > LIMIT else "at most"
+    print(f"overhead                          {extra:7.0f} µs a step ({verdict} {LIMIT})")
     print(f"step with the real ELBO           {step:7.0f} µs")
     print(f"plain Pyro, TraceEnum_ELBO        {pyro_step:7.0f} µs, ratio {ratio:.2f}")
+    if extra > LIMIT:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

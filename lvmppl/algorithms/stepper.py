@@ -7,6 +7,7 @@ their optimizer state is updated lazily, and their tail average is kept per row 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,13 +56,15 @@ class Batches:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A state of a stepper to go back to: dense leaves, optimizer state, and what moved in tables since.
+    """A state of a stepper to go back to: copies of its dense tensors, and what moved in tables since.
 
+    tensors: of the leaves, and of the optimizer's moments where it keeps one set a leaf. optimizer: the state of one that
+    keeps a history instead (L-BFGS).
     moved: of each move of some rows, in order, the table, the rows and what stood there. However many rows a table has, a
     state costs what the steps since have touched.
     """
 
-    dense: list[Tensor]
+    tensors: list[Tensor]
     optimizer: dict[str, Any] | None
     moved: list[tuple[str, Tensor, dict[str, Tensor]]] = field(default_factory=list)
 
@@ -98,6 +101,8 @@ class Stepper:
         self.sparse = {n: RowOptimizer(optimizer, self.leaves[n], spec) for n, spec in self.tables.items()}
         self.average = Average(self.leaves, self.tables)
         self.saved: _Saved | None = None
+        self.moments: list[Tensor] = []  # the optimizer's own
+        self.before: _Saved | None = None  # the state saved before; the next one is written over it
 
     def values(self, indices: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(constrained values for a batch, the batch's table rows as leaves)."""
@@ -140,7 +145,7 @@ class Stepper:
         (-value).backward()
         leaves = [*self.dense, *rows.values()]
         gradients = [leaf.grad for leaf in leaves if leaf.grad is not None]
-        if gradients and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()):
+        if gradients and not math.isfinite(torch.stack(torch._foreach_norm(gradients)).sum().item()):
             raise NotFinite("gradient")
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(leaves, self.clip_norm)
@@ -168,18 +173,43 @@ class Stepper:
         return closure
 
     def save(self) -> None:
-        """Keep the present state to go back to."""
-        state = None if self.optimizer is None else copy.deepcopy(self.optimizer.state_dict())
-        self.saved = _Saved([leaf.detach().clone() for leaf in self.dense], state)
+        """Keep the present state to go back to, and the one saved before for `unsave`."""
+        state = None
+        if self.searches and self.optimizer is not None:
+            state = copy.deepcopy(self.optimizer.state_dict())
+        moving, spare = self._moving(), self.before
+        with torch.no_grad():
+            if spare is None or len(spare.tensors) != len(moving):
+                tensors = [tensor.detach().clone() for tensor in moving]
+            else:  # a copy at every step: no memory is asked for anew
+                tensors = spare.tensors
+                torch._foreach_copy_(tensors, moving)
+        self.before, self.saved = self.saved, _Saved(tensors, state)
+
+    def unsave(self) -> None:
+        """Forget the state last saved: what `restore` goes back to is the one before."""
+        self.saved, self.before = self.before, None
+
+    def _moving(self) -> list[Tensor]:
+        """What a step changes in place, the leaves first."""
+        if self.optimizer is None or self.searches or not self.optimizer.state:
+            return self.dense
+        if not self.moments:  # they are made in the first step and stay the same tensors
+            own = (self.optimizer.state.get(leaf, {}).values() for leaf in self.dense)
+            self.moments = [v for values in own for v in values if isinstance(v, Tensor)]
+        return self.dense + self.moments
 
     def restore(self, rate_factor: float = 0.5) -> None:
         """Back to the state last saved (leaves and optimizer state); the learning rate is multiplied by `rate_factor`."""
         self.rate *= rate_factor
         if self.saved is None:
             return
+        moving = self._moving()
+        if self.optimizer is not None and len(moving) > len(self.saved.tensors):
+            self.optimizer.state.clear()  # there were no moments yet
+            self.moments, moving = [], self.dense
         with torch.no_grad():
-            for leaf, old in zip(self.dense, self.saved.dense, strict=True):
-                leaf.copy_(old)
+            torch._foreach_copy_(moving, self.saved.tensors)
         if self.optimizer is not None and self.saved.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self.saved.optimizer))
         while self.saved.moved:

@@ -101,7 +101,6 @@ class _Ascent:
         if step == self.options.max_steps:
             return True
         factor = rate_factor(self.options.rate_schedule, step / self.options.max_steps)
-        saved = self.stepper.saved
         self.stepper.save()
         again = (
             (lambda: self._objective(self.stepper.values(indices)[0], indices)) if not self.noisy else None
@@ -109,7 +108,7 @@ class _Ascent:
         try:
             self.stepper.update(value, rows, indices, factor, again)
         except NotFinite:
-            self.stepper.saved = saved  # this state is the bad one: go back to the one before
+            self.stepper.unsave()  # this state is the bad one: go back to the one before
             raise
         return False
 
