@@ -91,6 +91,7 @@ def test_local_level_of_the_nile_equals_statsmodels() -> None:
     best = peer(y).fit(disp=0, method="bfgs", maxiter=500, gtol=1e-9)
     fit = lvmppl.fit(local_level, {"x": tensor(y)[None]}, algorithm="enumeration", tolerance=1e-12)
     assert fit.status == "converged"
+    assert fit.log_evidence_kind == "exact"
     assert fit.log_evidence == pytest.approx(best.llf, abs=1e-6)
     np.testing.assert_allclose(fit.parameters["noise_variance"], best.params[0], rtol=1e-4)
     np.testing.assert_allclose(fit.parameters["level_variance"], best.params[1], rtol=1e-4)

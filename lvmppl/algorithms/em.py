@@ -63,9 +63,8 @@ class _Run:
         self.problem, self.options, self.plan = problem, options, plan
         self.tables = tabulate(problem, plan)
         # By how much the log evidence may fall because it is an approximation: twice the quadrature's error.
-        self.slack = (
-            2 * exact_posterior(problem, problem.initial).log_evidence_error if problem.integrates else 0.0
-        )
+        error = exact_posterior(problem, problem.initial).log_evidence_error if problem.integrates else 0.0
+        self.slack = 2 * error if math.isfinite(error) else 0.0
 
     def _e_step(self, values: Mapping[str, Tensor]) -> tuple[float, Weights, Mapping[str, Statistics]]:
         """From tables where the whole model is in them, else by running the model."""

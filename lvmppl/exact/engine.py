@@ -23,7 +23,7 @@ from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature
 from lvmppl.exact.state_space import state_space_posterior
 
-_GAUSSIAN = frozenset({"Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
+_GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
 _MANY_MODES = frozenset({"Unit", "MixtureSameFamily"})  # pyro.factor is a Unit
 SHORT_PATH = 8  # steps from which a sequence of equal sites is tried as a path, in O(T)
 
