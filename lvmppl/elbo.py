@@ -17,7 +17,7 @@ from lvmppl.density import Evaluation, Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
 from lvmppl.exact.elimination import Term, eliminate
 from lvmppl.exact.named import Named, add, align, union
-from lvmppl.exact.scales import times
+from lvmppl.exact.scales import UNIT, scale_of, times
 
 MOVES = "·transition"  # what the name of a chain's transition factor ends in
 
@@ -176,10 +176,9 @@ def model_terms(evaluation: Evaluation, data_plate: str | None) -> list[Term]:
         keep=evaluation.guide_variables - chains,
     )
     terms.extend(done.kept)
-    one = Named(torch.ones(()), ())
     if done.per_datum is not None and data_plate is not None:
-        terms.append(Term(Named(done.per_datum, (data_plate,)), frozenset({data_plate}), one, absolute=True))
-    terms.append(Term(Named(done.constant, ()), frozenset(), one, absolute=True))
+        terms.append(Term(Named(done.per_datum, (data_plate,)), frozenset({data_plate}), UNIT, message=True))
+    terms.append(Term(Named(done.constant, ()), frozenset(), UNIT, message=True))
     return terms
 
 
@@ -281,6 +280,6 @@ def _accumulate(
 
 
 def _scaled(factor: Factor) -> Term:
-    scale = factor.scale
-    named = Named(scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), factor.scale_dims)
-    return Term(times(Named(factor.log_prob, factor.dims), named), factor.plates, named, absolute=True)
+    return Term(
+        times(Named(factor.log_prob, factor.dims), scale_of(factor)), factor.plates, UNIT, message=True
+    )

@@ -1,181 +1,165 @@
-"""Random models with discrete sites in nested plates, against the table of every joint assignment."""
+"""Random models with discrete sites in nested and sibling plates, against the table of every joint assignment."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
-import pytest
 import torch
-from numpy.typing import NDArray
+from discrete_models import Graph, Site, Table, graphs, model_of, placed, table_of, weight_of
+from hypothesis import given, settings
 from pyro import poutine
-from pyro.ops.indexing import Vindex
-from torch import Tensor
+from scipy.stats import chi2
 
 import lvmppl
+from lvmppl.algorithms.evidence import log_evidence
+from lvmppl.algorithms.problem import build_problem
+from lvmppl.density import isolated
+from lvmppl.posteriors import Posterior
 
-N, M = 2, 2
-PLATES = {"data": N, "inner": M}
-LEVELS: tuple[tuple[str, ...], ...] = ((), ("data",), ("data", "inner"))
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
+EXAMPLES = {"derandomize": True, "deadline": None, "database": None}
 
 
-@dataclass(frozen=True)
-class Site:
-    """A discrete site: its plates, the latent sites it depends on and a table [*parents, K]."""
-
-    name: str
-    plates: tuple[str, ...]
-    parents: tuple[str, ...]
-    table: NDArray[np.float64]
-    value: NDArray[np.int64] | None = None  # [*plates] of an observed site
-    mask: NDArray[np.bool_] | None = None
-
-    @property
-    def instances(self) -> list[tuple[int, ...]]:
-        return list(itertools.product(*(range(PLATES[p]) for p in self.plates)))
+def posterior_of(graph: Graph) -> Posterior:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "log evidence is -inf")
+        found = lvmppl.posterior(model_of(graph), graph.rows)
+    assert isinstance(found, Posterior)
+    return found
 
 
-def random_sites(seed: int) -> list[Site]:
-    """One to four latent sites and one to three observed ones; at most 20 000 joint assignments."""
-    rng = np.random.default_rng(seed)
-    while True:
-        latent: list[Site] = []
-        for i in range(int(rng.integers(1, 5))):
-            latent.append(
-                _random_site(rng, f"z{i}", LEVELS[int(rng.integers(3))], latent, int(rng.integers(2, 6)))
-            )
-        sizes = [site.table.shape[-1] ** len(site.instances) for site in latent]
-        if np.prod([float(size) for size in sizes]) <= 20_000:
-            break
-    observed = []
-    for i in range(int(rng.integers(1, 4))):
-        plates = LEVELS[int(rng.integers(1, 3))]
-        site = _random_site(rng, f"x{i}", plates, latent, 3)
-        shape = [PLATES[p] for p in plates]
-        mask = rng.random(shape) < 0.7 if rng.random() < 0.4 else None
-        observed.append(Site(site.name, plates, site.parents, site.table, rng.integers(0, 3, shape), mask))
-    return [*latent, *observed]
-
-
-def _random_site(
-    rng: np.random.Generator, name: str, plates: tuple[str, ...], latent: list[Site], states: int
-) -> Site:
-    allowed = [site for site in latent if set(site.plates) <= set(plates)]
-    parents = [site for site in allowed if rng.random() < 0.6][:3]
-    table = rng.gamma(0.7, size=(*(p.table.shape[-1] for p in parents), states)) + 1e-3
-    if rng.random() < 0.2:
-        table[..., 0] = 0.0
-    return Site(name, plates, tuple(p.name for p in parents), table / table.sum(-1, keepdims=True))
-
-
-def model_of(sites: list[Site]) -> Callable[..., None]:
-    """The same as a Pyro model; θ is every table."""
-
-    def model(rows: Tensor) -> None:
-        data = pyro.plate("data", len(rows), dim=-2)
-        inner = pyro.plate("inner", M, dim=-1)
-        values: dict[str, Tensor] = {}
-        for site in sites:
-            table = pyro.param(f"table_{site.name}", torch.tensor(site.table))
-            with ExitStack() as stack:
-                for plate in (data, inner)[: len(site.plates)]:
-                    stack.enter_context(plate)
-                if site.mask is not None:
-                    mask = torch.tensor(site.mask).reshape([*site.mask.shape, 1, 1][:2])
-                    stack.enter_context(poutine.mask(mask=mask))
-                parents = tuple(values[p] for p in site.parents)
-                fn = dist.Categorical(Vindex(table)[parents] if parents else table, validate_args=False)
-                if site.value is None:
-                    values[site.name] = pyro.sample(site.name, fn, infer={"enumerate": "parallel"})
-                else:
-                    seen = torch.tensor(site.value)
-                    pyro.sample(site.name, fn, obs=seen.reshape([*seen.shape, 1, 1][:2]))
-
-    return model
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Every joint assignment [S, instances] and its log p(x, z)."""
-
-    columns: dict[tuple[str, tuple[int, ...]], int]
-    states: NDArray[np.int64]
-    log_joint: NDArray[np.float64]
-
-    @property
-    def evidence(self) -> float:
-        return float(np.logaddexp.reduce(self.log_joint))
-
-    @property
-    def posterior(self) -> NDArray[np.float64]:
-        return np.exp(self.log_joint - self.evidence)
-
-
-def joint_of(sites: list[Site]) -> Joint:
-    """Brute force: the product of all tables at all assignments."""
-    latent = [site for site in sites if site.value is None]
-    keys = [(site.name, at) for site in latent for at in site.instances]
-    sizes = {site.name: site.table.shape[-1] for site in latent}
-    columns = {key: i for i, key in enumerate(keys)}
-    states = np.array(list(itertools.product(*(range(sizes[name]) for name, _ in keys))))
-    plates = {site.name: len(site.plates) for site in latent}
-    total = np.zeros(len(states))
-    with np.errstate(divide="ignore"):
-        for site in sites:
-            for at in site.instances:
-                if site.mask is not None and not site.mask[at]:
-                    continue
-                parents = [states[:, columns[p, at[: plates[p]]]] for p in site.parents]
-                own: Any = states[:, columns[site.name, at]] if site.value is None else site.value[at]
-                total = total + np.log(site.table[(*parents, own)])
-    return Joint(columns, states, total)
-
-
-def marginal(joint: Joint, sites: list[Site], names: tuple[str, ...]) -> NDArray[np.float64]:
+def marginal_of(graph: Graph, table: Table, chosen: list[Site]) -> Any:
     """p(of some sites | x), [*plates of all of them, *states]."""
-    chosen = [next(s for s in sites if s.name == name) for name in names]
-    plates = max((site.plates for site in chosen), key=len)
-    shape = [PLATES[p] for p in plates]
-    result = np.zeros((*shape, *(site.table.shape[-1] for site in chosen)))
+    plates = list(dict.fromkeys(p for s in chosen for p in s.plates))
+    shape = [graph.sizes[p] for p in plates]
+    result = np.zeros((*shape, *(s.table.shape[-1] for s in chosen)))
     for at in itertools.product(*map(range, shape)):
-        index = tuple(joint.states[:, joint.columns[s.name, at[: len(s.plates)]]] for s in chosen)
-        np.add.at(result[at], index, joint.posterior)
+        element = dict(zip(plates, at, strict=True))
+        result[at] = table.marginal([(s.name, tuple(element[p] for p in s.plates)) for s in chosen])
     return result
 
 
-ROWS = torch.zeros(N, dtype=torch.float64)
+def flat_states(graph: Graph, table: Table, states: dict[str, torch.Tensor]) -> Any:
+    """The position in the table of joint states, [S, *plates] by site: [S]."""
+    index = [states[name][(slice(None), *at)].numpy() for name, at in table.axes]
+    return np.ravel_multi_index(tuple(index), table.posterior.shape)
 
 
-@pytest.mark.filterwarnings("ignore:log evidence is -inf")
-@pytest.mark.parametrize("block", range(40))
-def test_posterior_of_random_models_equals_the_joint_table(block: int) -> None:
-    for seed in range(10 * block, 10 * block + 10):
-        sites = random_sites(seed)
-        latent = [site for site in sites if site.value is None]
-        joint = joint_of(sites)
-        found = lvmppl.posterior(model_of(sites), {"rows": ROWS})
-        if joint.evidence == -np.inf:
-            assert found.log_evidence == -np.inf
-            continue
-        np.testing.assert_allclose(found.log_evidence, joint.evidence, **CLOSE)
-        for site in latent:
-            shape = [PLATES[p] for p in site.plates]
-            probs = found.marginal(site.name).probs.reshape(*shape, -1)
-            np.testing.assert_allclose(probs, marginal(joint, sites, (site.name,)), **CLOSE)
-        for a, b in itertools.combinations(latent, 2):
-            expected = marginal(joint, sites, (a.name, b.name))
-            pair = found.pair_marginal(a.name, b.name).reshape(expected.shape)
-            np.testing.assert_allclose(pair, expected, **CLOSE)
-        positive = joint.posterior[joint.posterior > 0]
-        entropy = -(positive * np.log(positive)).sum()
-        np.testing.assert_allclose(found.entropy().sum(), entropy, **CLOSE)
-        mode = found.mode()
-        np.testing.assert_allclose(mode.log_prob.sum(), np.log(joint.posterior.max()), **CLOSE)
-        np.testing.assert_allclose(found.log_prob(mode.states).sum(), mode.log_prob.sum(), **CLOSE)
+@settings(max_examples=340, **EXAMPLES)
+@given(graphs())
+def test_posterior_of_random_models_equals_the_joint_table(graph: Graph) -> None:
+    table, found = table_of(graph), posterior_of(graph)
+    if table.evidence == -np.inf:
+        assert found.log_evidence == -np.inf
+        return
+    np.testing.assert_allclose(found.log_evidence, table.evidence, **CLOSE)
+    if found.log_evidence_per_datum is not None and all("data" in s.plates for s in graph.sites):
+        np.testing.assert_allclose(found.log_evidence_per_datum.sum(), table.evidence, **CLOSE)
+    for site in graph.latent:
+        np.testing.assert_allclose(
+            found.marginal(site.name).probs, marginal_of(graph, table, [site]), **CLOSE
+        )
+    for i, pair in enumerate(itertools.combinations(graph.latent, 2)):
+        a, b = pair if i % 2 else pair[::-1]
+        np.testing.assert_allclose(
+            found.pair_marginal(a.name, b.name), marginal_of(graph, table, [a, b]), **CLOSE
+        )
+    positive = table.posterior[table.posterior > 0]
+    np.testing.assert_allclose(found.entropy().sum(), -(positive * np.log(positive)).sum(), **CLOSE)
+    mode = found.mode()
+    best = np.log(table.posterior.max())
+    at = flat_states(graph, table, {n: v.unsqueeze(0) for n, v in mode.states.items()})
+    np.testing.assert_allclose(mode.log_prob.sum(), best, **CLOSE)
+    np.testing.assert_allclose(np.log(table.posterior.reshape(-1)[at]), best, **CLOSE)
+    np.testing.assert_allclose(found.log_prob(mode.states).sum(), best, **CLOSE)
+
+
+@settings(max_examples=60, **EXAMPLES)
+@given(graphs(scaled=False, zeros=False))
+def test_joint_table_equals_pyro_log_prob(graph: Graph) -> None:
+    """The oracle itself: its entries are what a plain trace of the model scores, and its evidence their sum."""
+    unmasked = tuple(replace(s, mask=None) if s.value is None else s for s in graph.sites)
+    graph = replace(graph, sites=unmasked)  # Pyro takes a masked latent's prior away, the contract keeps it
+    table, rng = table_of(graph), np.random.default_rng(0)
+    np.testing.assert_allclose(table.evidence, np.logaddexp.reduce(table.log_joint, axis=None), **CLOSE)
+    np.testing.assert_allclose(np.exp(table.log_joint - table.evidence), table.posterior, **CLOSE)
+    for flat in rng.integers(0, table.posterior.size, 3):
+        states = np.unravel_index(flat, table.posterior.shape)
+        values = {}
+        for site in graph.latent:
+            shape = [graph.sizes[p] for p in site.plates]
+            own = np.array([states[table.axes[site.name, at]] for at in graph.elements(site)])
+            values[site.name] = placed(own.reshape(shape), site.plates, trimmed=True)
+        with isolated(0):
+            trace = poutine.trace(poutine.condition(model_of(graph), values)).get_trace(**graph.rows)
+            found = float(trace.log_prob_sum().detach())
+        np.testing.assert_allclose(found, table.log_joint.reshape(-1)[flat], rtol=1e-9)
+
+
+@settings(max_examples=60, **EXAMPLES)
+@given(graphs(zeros=False))
+def test_gradient_of_log_evidence_equals_expected_gradient_and_finite_differences(graph: Graph) -> None:
+    """∇ log Z = E_post[∇ log p(x, z)]: by expected counts in the table, and by differences of the table's evidence."""
+    table, rng = table_of(graph), np.random.default_rng(1)
+    with isolated(0, torch.float64):
+        problem = build_problem("gradient", model_of(graph), graph.rows)
+        values = {n: v.clone().requires_grad_() for n, v in problem.initial.items()}
+        total = log_evidence(problem, values)
+        grads = torch.autograd.grad(total, list(values.values()), allow_unused=True, materialize_grads=True)
+    np.testing.assert_allclose(float(total.detach()), table.evidence, **CLOSE)
+    for site, found in zip(graph.sites, grads, strict=True):
+        counts = np.zeros_like(site.table)
+        for at in graph.elements(site):
+            if site.value is None or site.mask is None or site.mask[at]:
+                counts += weight_of(graph, site, at) * _expected(graph, table, site, at)
+        expected = counts / site.table - counts.sum(-1, keepdims=True)  # a row of weights is normalised
+        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-10)
+    site = graph.sites[int(rng.integers(len(graph.sites)))]
+    entry = tuple(int(rng.integers(n)) for n in site.table.shape)
+    step = 1e-5 * site.table[entry]
+    ends = [table_of(_moved(graph, site, entry, sign * step)).evidence for sign in (1, -1)]
+    difference = (ends[0] - ends[1]) / (2 * step)
+    np.testing.assert_allclose(grads[graph.sites.index(site)][entry], difference, rtol=1e-5, atol=1e-5)
+
+
+def _expected(graph: Graph, table: Table, site: Site, at: tuple[int, ...]) -> Any:
+    """p(parents, own state | x) of one element of a site, in the shape of its table."""
+    by_name = {s.name: s for s in graph.sites}
+    element = dict(zip(site.plates, at, strict=True))
+    keys = [(p, tuple(element[q] for q in by_name[p].plates)) for p in site.parents]
+    if site.value is None:
+        return table.marginal([*keys, (site.name, at)])
+    result = np.zeros_like(site.table)
+    result[..., site.value[at]] = table.marginal(keys)
+    return result
+
+
+def _moved(graph: Graph, site: Site, entry: tuple[int, ...], by: float) -> Graph:
+    changed = site.table.copy()
+    changed[entry] += by
+    changed /= changed.sum(-1, keepdims=True)
+    return replace(graph, sites=tuple(replace(s, table=changed) if s is site else s for s in graph.sites))
+
+
+@settings(max_examples=50, **EXAMPLES)
+@given(graphs())
+def test_sample_frequencies_equal_the_joint_table(graph: Graph) -> None:
+    table, found = table_of(graph), posterior_of(graph)
+    if table.evidence == -np.inf:
+        return
+    size = 4000
+    draws = found.sample(size, seed=5)
+    counts = np.bincount(flat_states(graph, table, draws), minlength=table.posterior.size)
+    expected = size * table.posterior.reshape(-1)
+    assert counts[expected == 0].sum() == 0
+    rare = expected < 5
+    pools = [(counts[~rare], expected[~rare])]
+    if expected[rare].sum() >= 5:
+        pools.append((counts[rare].sum(keepdims=True), expected[rare].sum(keepdims=True)))
+    seen, wanted = (np.concatenate(part) for part in zip(*pools, strict=True))
+    if len(seen) > 1:
+        assert chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1) > 1e-6

@@ -16,7 +16,7 @@ from lvmppl.density import Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
 from lvmppl.exact import chain as kernel
 from lvmppl.exact.named import Named, align, log_sum_exp, union
-from lvmppl.exact.scales import common_scale, divide, scale_of, times
+from lvmppl.exact.scales import common_scale, ratio, scale_of, times
 
 MAX_JOINT_STATES = 2**14  # Kᴸ of coupled chains
 
@@ -107,7 +107,7 @@ class Group:
         def pick(tensor: Tensor) -> Tensor:
             if tensor.shape[0] == 1 and prod(self.sizes) != 1:
                 return tensor
-            full = tensor.reshape(*self.sizes, *tensor.shape[1:])
+            full = tensor.reshape([*self.sizes, *tensor.shape[1:]])
             return full[tuple(index)].reshape(-1, *tensor.shape[1:]) if index else tensor
 
         lengths = None if self.lengths is None else pick(self.lengths)
@@ -264,7 +264,7 @@ def _multiplied_out(
     inner = factor.plates - plates
     named = Named(factor.log_prob, factor.dims)
     if inner:
-        named = divide(times(named, scale_of(factor)), scale)
+        named = times(named, ratio(scale_of(factor), scale))
     axes = [i for i, d in enumerate(named.dims) if d in inner]
     tensor = named.tensor.sum(axes) if axes else named.tensor
     absent = prod(plate_sizes[p] for p in inner if p not in named.dims)
@@ -275,7 +275,7 @@ def _relative(factor: Factor, plates: frozenset[str], scale: Named) -> Factor:
     """The factor with the scale that it carries beyond that of `plates`: none, unless it stands in a plate inside."""
     if not factor.plates - plates:
         return replace(factor, scale=1.0, scale_dims=())
-    tensor, dims = divide(scale_of(factor), scale)
+    tensor, dims = ratio(scale_of(factor), scale)
     return replace(factor, scale=tensor, scale_dims=dims)
 
 

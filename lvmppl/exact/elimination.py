@@ -21,18 +21,18 @@ from lvmppl.density import MAX_TABLE, Factor, Variable
 from lvmppl.errors import IntractableError
 from lvmppl.exact.chains import has_chains, sum_out
 from lvmppl.exact.named import Named, add, align, log_sum_exp, sizes_of, union
-from lvmppl.exact.scales import common_scale, divide, scale_of, times
+from lvmppl.exact.scales import UNIT, common_scale, ratio, scale_of, times
 
 MAX_CLIQUE = MAX_TABLE  # entries of the largest table that elimination may build
 
 
 class Term(NamedTuple):
-    """A log-factor on its way: `absolute` when the scale of the plate it came from has already been applied."""
+    """A log-factor on its way; `message` when it comes out of a plate inside, whose scale may be another."""
 
     named: Named
     plates: frozenset[str]
     scale: Named
-    absolute: bool = False
+    message: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,9 @@ class _Eliminator:
             here = [t for t in terms if t.plates == leaf]
             terms = [t for t in terms if t.plates != leaf]
             for component in self._components(here, leaf):
-                for message in self._eliminate_component(component, leaf, result):
-                    terms.extend(self._move_up(message, leaf, result))
+                scale = _common_scale(component)
+                for message in self._eliminate_component(component, scale, leaf, result):
+                    terms.extend(self._move_up(message, scale, leaf, result))
         return result
 
     def _is_local(self, name: str, leaf: frozenset[str]) -> bool:
@@ -112,11 +113,13 @@ class _Eliminator:
         return [members for _, members in groups]
 
     def _eliminate_component(
-        self, component: list[Term], leaf: frozenset[str], result: Elimination
+        self, component: list[Term], scale: Named, leaf: frozenset[str], result: Elimination
     ) -> list[Named]:
-        """Sum the local variables out of one component; what remains carries the scale already."""
-        scale = _common_scale(component)
-        pool = [divide(t.named, scale) if t.absolute else t.named for t in component]
+        """Sum the local variables out of one copy of a component; what remains has its scale yet to come."""
+        pool = [
+            times(t.named, ratio(t.scale, scale), self.straight_through) if t.message else t.named
+            for t in component
+        ]
         local = {d for n in pool for d in n.dims if self._is_local(d, leaf)}
         while local:
             variable = self._next(local, pool)
@@ -127,7 +130,7 @@ class _Eliminator:
             result.tape.append(Step(variable, clique, leaf, reduced))
             pool = [n for n in pool if variable not in n.dims] + [Named(reduced, clique.dims[1:])]
             local.discard(variable)
-        return [times(n, scale, self.straight_through) for n in pool]
+        return pool
 
     def _next(self, local: set[str], pool: Sequence[Named]) -> str:
         """The variable whose elimination builds the smallest table (greedy min-size)."""
@@ -151,10 +154,9 @@ class _Eliminator:
                 "use fewer states, or a variational fit (vem, svi)",
             )
 
-    def _move_up(self, message: Named, leaf: frozenset[str], result: Elimination) -> list[Term]:
+    def _move_up(self, message: Named, scale: Named, leaf: frozenset[str], result: Elimination) -> list[Term]:
         names = [d for d in message.dims if d in self.plates]
         waiting = [d for d in names if d not in self.keep]
-        unit = Named(torch.ones((), dtype=message.tensor.dtype, device=message.tensor.device), ())
         if waiting:
             parent = frozenset().union(*(self.plates[d] for d in names))
             if parent == leaf:
@@ -164,9 +166,12 @@ class _Eliminator:
                     "sites of sibling plates that meet in one factor",
                     "write the smaller plate as a Python loop",
                 )
-            return [Term(self._multiply_out(message, leaf - parent), parent, unit, absolute=True)]
+            if set(scale.dims) - parent:  # it goes with a plate that is multiplied out here
+                message, scale = times(message, scale, self.straight_through), UNIT
+            return [Term(self._multiply_out(message, leaf - parent), parent, scale, message=True)]
+        message = times(message, scale, self.straight_through)
         if names:
-            result.kept.append(Term(message, leaf, unit, absolute=True))
+            result.kept.append(Term(message, leaf, UNIT, message=True))
             return []
         if self.data_plate in leaf:
             rows = self._multiply_out(message, leaf - {self.data_plate})
@@ -187,8 +192,8 @@ class _Eliminator:
 
 
 def _common_scale(component: Sequence[Term]) -> Named:
-    own = [t.scale for t in component if not t.absolute]
-    return common_scale(own, (d for t in component for d in t.named.dims)) if own else component[0].scale
+    own = [t.scale for t in component if not t.message]
+    return common_scale(own, (d for t in component for d in t.named.dims)) if own else UNIT
 
 
 def eliminate(

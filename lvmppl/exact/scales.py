@@ -63,9 +63,13 @@ def times(named: Named, scale: Named, straight_through: bool = False) -> Named:
     return Named(scaled, dims)
 
 
-def divide(named: Named, scale: Named) -> Named:
-    """A log-factor that carries its scale already, taken back to one copy of a plate of that scale."""
-    if is_one(scale):
-        return named
-    dims = union((named.dims, scale.dims))
-    return Named(align(named, dims) / align(scale, dims).to(named.tensor.dtype), dims)
+def ratio(inner: Named, outer: Named) -> Named:
+    """The scale that a plate carries beyond that of a plate around it; 1 where both are 0."""
+    if is_one(outer):
+        return inner
+    dims = union((inner.dims, outer.dims))
+    own, around = align(inner, dims), align(outer, dims)
+    return Named(torch.where(around == 0, 1.0, own / torch.where(around == 0, 1.0, around)), dims)
+
+
+UNIT = Named(torch.ones(()), ())
