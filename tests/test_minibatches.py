@@ -196,7 +196,7 @@ def test_undone_step_restores_rows_moments_and_halves_the_rate() -> None:
 
         step(torch.tensor([0, 3, 4]))
         before, batch = state(), torch.tensor([3, 8])
-        stepper.save(batch)
+        stepper.save()
         step(batch)
         assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
         stepper.restore()

@@ -178,12 +178,11 @@ class Stepper:
         if self.searches and self.optimizer is not None:
             state = copy.deepcopy(self.optimizer.state_dict())
         moving, spare = self._moving(), self.before
-        with torch.no_grad():
-            if spare is None or len(spare.tensors) != len(moving):
-                tensors = [tensor.detach().clone() for tensor in moving]
-            else:  # a copy at every step: no memory is asked for anew
-                tensors = spare.tensors
-                torch._foreach_copy_(tensors, moving)
+        if spare is None or len(spare.tensors) != len(moving):
+            tensors = [tensor.detach().clone() for tensor in moving]
+        else:  # a copy at every step: no memory is asked for anew
+            tensors = spare.tensors
+            _copy(tensors, moving)
         self.before, self.saved = self.saved, _Saved(tensors, state)
 
     def unsave(self) -> None:
@@ -208,13 +207,18 @@ class Stepper:
         if self.optimizer is not None and len(moving) > len(self.saved.tensors):
             self.optimizer.state.clear()  # there were no moments yet
             self.moments, moving = [], self.dense
-        with torch.no_grad():
-            torch._foreach_copy_(moving, self.saved.tensors)
+        _copy(moving, self.saved.tensors)
         if self.optimizer is not None and self.saved.optimizer is not None:
             self.optimizer.load_state_dict(copy.deepcopy(self.saved.optimizer))
         while self.saved.moved:
             name, indices, rows = self.saved.moved.pop()
             self.sparse[name].restore(rows, indices)
+
+
+def _copy(to: list[Tensor], values: list[Tensor]) -> None:
+    if to:  # torch refuses empty lists
+        with torch.no_grad():
+            torch._foreach_copy_(to, values)
 
 
 def batch_elbo(
