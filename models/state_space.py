@@ -20,11 +20,12 @@ from torch.distributions import constraints
 from lvmppl.distributions import GaussianChain
 
 
-def local_level(x: Tensor, initial_scale: float = 10.0) -> None:
+def local_level(x: Tensor, lengths: Tensor | None = None, initial_scale: float = 10.0) -> None:
     """A random walk seen through noise (Durbin & Koopman, *Time Series Analysis by State Space Methods*, ch. 2); x [N, T].
 
         z_{t+1} = z_t + η_t,  η_t ~ N(0, level_variance)        x_t = z_t + ε_t,  ε_t ~ N(0, noise_variance)
 
+    lengths: [N] steps of each sequence, None when all have T; what stands beyond a length is not read.
     The first level is N(mean of the first values, (initial_scale · sd of x)²): wide, so that it says little.
 
     θ: `level_variance`, `noise_variance`. The start, from the data: that changes are half level and half noise.
@@ -33,20 +34,25 @@ def local_level(x: Tensor, initial_scale: float = 10.0) -> None:
     """
     if x.dim() != 2 or x.shape[1] < 2:
         raise ValueError(f"x must have shape [N, T] with at least two steps, got {tuple(x.shape)}")
-    change = (x[:, 1:] - x[:, :-1]).square().mean().clamp_min(1e-12).detach()
+    valid = _valid(x, lengths)
+    change = (x[:, 1:] - x[:, :-1])[valid[:, 1:]].square().mean().clamp_min(1e-12).detach()
     level = pyro.param("level_variance", lambda: change / 2, constraint=constraints.positive)
     noise = pyro.param("noise_variance", lambda: change / 4, constraint=constraints.positive)
     centre = x[:, 0].mean().detach().reshape(1)
-    spread = (initial_scale * x.std(unbiased=False).clamp_min(1e-6)).detach().reshape(1)
+    spread = (initial_scale * x[valid].std(unbiased=False).clamp_min(1e-6)).detach().reshape(1)
     first = dist.Normal(centre, spread).to_event(1)
     step = dist.Normal(x.new_zeros(1), level.sqrt().reshape(1)).to_event(1)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", GaussianChain(first, x.new_ones(1, 1), step, x.shape[1]))
-        pyro.sample("x", dist.Normal(z.squeeze(-1), noise.sqrt()).to_event(1), obs=x)
+        seen = dist.Normal(z.squeeze(-1), noise.sqrt())
+        seen = seen if lengths is None else seen.mask(valid)
+        pyro.sample("x", seen.to_event(1), obs=torch.where(valid, x, 0))
 
 
-def linear_gaussian(x: Tensor, state_dim: int) -> None:
+def linear_gaussian(x: Tensor, lengths: Tensor | None = None, *, state_dim: int) -> None:
     """L states that move by a matrix and are seen through another (a Kalman filter's model); x [N, T, D], or [N, T].
+
+    lengths: [N] steps of each sequence, None when all have T; what stands beyond a length is not read.
 
     θ: `transition` A [L, L]; `emission` C [D, L]; `offset` d [D]; `variance` of the noise, R = diag [D]. Q = I and
     z_1 ~ N(0, I) fix the scale of the states, which are known up to a change of basis.
@@ -61,8 +67,9 @@ def linear_gaussian(x: Tensor, state_dim: int) -> None:
         raise ValueError(f"x must have shape [N, T, D] or [N, T], got {tuple(x.shape)}")
     if state_dim < 1:
         raise ValueError(f"state_dim must be at least 1, got {state_dim}")
-    size, steps, features = x.shape
-    rows = x.reshape(-1, features).detach()
+    size, steps = x.shape[:2]
+    valid = _valid(x, lengths)
+    rows = x[valid].detach()
     pace = torch.linspace(0.9, 0.5, state_dim).to(rows)
     transition = pyro.param("transition", lambda: torch.diag(pace))
     emission = pyro.param("emission", lambda: _axes(rows, state_dim) * (1 - pace**2).sqrt())
@@ -76,7 +83,16 @@ def linear_gaussian(x: Tensor, state_dim: int) -> None:
     start, step = dist.Normal(zero, 1.0).to_event(1), dist.Normal(zero, 1.0).to_event(1)
     with pyro.plate("data", size):
         z = pyro.sample("z", GaussianChain(start, transition, step, steps))
-        pyro.sample("x", dist.Normal(z @ emission.T + offset, variance.sqrt()).to_event(2), obs=x)
+        seen = dist.Normal(z @ emission.T + offset, variance.sqrt()).to_event(1)
+        seen = seen if lengths is None else seen.mask(valid)
+        pyro.sample("x", seen.to_event(1), obs=torch.where(valid.unsqueeze(-1), x, 0))
+
+
+def _valid(x: Tensor, lengths: Tensor | None) -> Tensor:
+    """[N, T]: the steps within their sequence."""
+    if lengths is None:
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+    return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(-1)
 
 
 def _axes(rows: Tensor, number: int) -> Tensor:

@@ -132,3 +132,12 @@ def test_log_evidence_of_a_linear_gaussian_model_equals_the_dense_normal(steps: 
     covariance = seen @ path @ path.T @ seen.T + np.kron(np.eye(steps), np.diag(p["variance"]))
     normal = stats.multivariate_normal(np.tile(p["offset"], steps), covariance)
     assert fit.log_evidence == pytest.approx(normal.logpdf(x.reshape(3, -1)).sum(), rel=1e-9)
+
+
+@pytest.mark.parametrize("model", [local_level, functools.partial(linear_gaussian, state_dim=2)])
+def test_log_evidence_does_not_depend_on_what_stands_beyond_a_length(model: Any) -> None:
+    x = np.random.default_rng(5).normal(size=(1, 10)).cumsum(1)
+    longer = np.concatenate([x, np.full((1, 3), 99.0)], 1)
+    data = {"x": tensor(longer), "lengths": torch.tensor([10])}
+    whole = lvmppl.posterior(model, {"x": tensor(x)})
+    assert lvmppl.posterior(model, data).log_evidence == pytest.approx(whole.log_evidence, rel=1e-9)
