@@ -136,6 +136,15 @@ class Posterior:
             return self._marginals.consecutive(first)
         return self._marginals.pair(first, second)
 
+    def expected_transitions(self, chain: str) -> Tensor:
+        """Expected counts of the transitions of a Markov chain, Σ p(z_t = j, z_{t+1} = k | x) over all sequences and
+        steps, [K, K].
+        """
+        self._check(chain)
+        if self.variables[chain].steps is None:
+            raise InputError("expected_transitions", "a Markov chain", f"'{chain}'", "use pair_marginal of two sites")
+        return self._marginals.expected_transitions(chain)
+
     @cached_property
     def _marginals(self) -> Marginals:
         return Marginals(self.factors, self.variables, self.plate_sizes)

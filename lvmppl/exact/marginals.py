@@ -73,24 +73,35 @@ class Marginals:
         return frozenset(inside), tuple(n for n in self.variables if n in met)
 
     def consecutive(self, chain: str) -> Tensor:
-        """∂ log Z / ∂ (a zero transition factor of its own for every sequence and step)."""
+        """p(z_t = j, z_{t+1} = k | x) of every sequence and step, [*plates, T − 1, K, K]."""
         variable = self.variables[chain]
-        steps, states = variable.steps or 1, variable.size
-        plates = list(variable.plates)
-        like = self.factors[0].log_prob
+        plates, steps = variable.plates, variable.steps or 1
         lead = [self.plate_sizes[p] for p in plates]
         if steps == 1:
-            return like.new_zeros(*lead, 0, states, states)
-        zero = torch.zeros(
-            *lead, steps - 1, states, states, dtype=like.dtype, device=like.device, requires_grad=True
-        )
+            return self._like.new_zeros(*lead, 0, variable.size, variable.size)
+        return self._transitions(chain, (*plates, *chain_axes(chain, steps)), (*lead, steps - 1))
+
+    def expected_transitions(self, chain: str) -> Tensor:
+        """Σ p(z_t = j, z_{t+1} = k | x) over sequences and steps, [K, K]; nothing is held by sequence or step."""
+        variable = self.variables[chain]
+        if variable.steps == 1:
+            return self._like.new_zeros(variable.size, variable.size)
+        return self._transitions(chain, chain_axes(chain, variable.steps or 1)[1:], ())
+
+    def _transitions(self, chain: str, dims: tuple[str, ...], lead: tuple[int, ...]) -> Tensor:
+        """∂ log Z / ∂ (a transition factor of zeros over `dims`, shared along the plates and steps it does not name)."""
+        variable, like = self.variables[chain], self._like
+        size = variable.size
+        zero = torch.zeros(*lead, size, size, dtype=like.dtype, device=like.device, requires_grad=True)
         scale, scale_dims = self._scale_of(chain)
-        dims = (*plates, *chain_axes(chain, steps))
-        extra = Factor(f"{chain}·transition", zero, dims, frozenset(plates), scale, scale_dims)
+        extra = Factor(f"{chain}·transition", zero, dims, frozenset(variable.plates), scale, scale_dims)
         with torch.enable_grad():
-            total = self._total([extra])
-            (grad,) = torch.autograd.grad(total, [zero])
+            (grad,) = torch.autograd.grad(self._total([extra]), [zero])
         return grad
+
+    @property
+    def _like(self) -> Tensor:
+        return self.factors[0].log_prob
 
     def tables(self, groups: Sequence[tuple[str, ...]]) -> list[Tensor]:
         """Joint marginals of each group: ∂ log Z / ∂ (a zero log-factor over the group), variables leading."""
