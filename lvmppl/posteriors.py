@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl.density import Factor, Variable, time_axis
+from lvmppl.density import Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import InputError
 from lvmppl.exact.chain_groups import Group, entropies
 from lvmppl.exact.chains import has_chains, split
@@ -70,7 +70,27 @@ class Posterior:
 
     @cached_property
     def _elimination(self) -> Elimination:
-        return eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate)
+        if not self._chains:
+            return eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate)
+        args = (self._leaves, self.variables, self.plate_sizes, self.data_plate)
+        with torch.enable_grad():  # the way back then needs no second way forth
+            return eliminate(*args, straight_through=True)
+
+    @property
+    def _chains(self) -> bool:
+        return any(v.steps is not None for v in self.variables.values())
+
+    @cached_property
+    def _leaves(self) -> tuple[Factor, ...]:
+        return tuple(_with_gradient(f) for f in self.factors)
+
+    @cached_property
+    def _weights(self) -> list[Named]:
+        """q_s = ∂ log Z / ∂ f_s of every factor, at its own axes."""
+        with torch.enable_grad():
+            leaves = [f.log_prob for f in self._leaves]
+            grads = torch.autograd.grad(self._elimination.total, leaves, retain_graph=True)
+        return [Named(g, f.dims) for g, f in zip(grads, self._leaves, strict=True)]
 
     kind = "exact"
     log_evidence_error = 0.0
@@ -78,7 +98,7 @@ class Posterior:
     @cached_property
     def log_evidence(self) -> float:
         """log p(x; θ) summed over all data."""
-        return float(self._elimination.total)
+        return float(self._elimination.total.detach())
 
     @cached_property
     def log_evidence_per_datum(self) -> Tensor | None:
@@ -102,6 +122,8 @@ class Posterior:
         self._check(site)
         table = self._last_in_its_component(site)
         if table is None:
+            table = self._of_its_factor(site)
+        if table is None:
             (table,) = self._marginals.tables([(site,)])
         return table.movedim(0, -1)
 
@@ -112,6 +134,20 @@ class Posterior:
             if step.variable == site and set(step.clique.dims[1:]) <= set(plates):
                 table = align(Named(conditional(step), step.clique.dims), (site, *plates))
                 return table.exp_().expand(-1, *(self.plate_sizes[p] for p in plates))
+        return None
+
+    def _of_its_factor(self, chain: str) -> Tensor | None:
+        """The marginal of a chain's steps as the weight of a factor that sees each of them, such as its emission."""
+        variable = self.variables[chain]
+        if variable.steps is None:
+            return None
+        dims = (chain, *variable.plates, time_axis(variable.steps))
+        for index, factor in enumerate(self.factors):
+            if set(dims) <= set(factor.dims):
+                q = self._weights[index]
+                axes = [i for i, d in enumerate(q.dims) if d not in dims]
+                kept = Named(q.tensor.sum(axes) if axes else q.tensor, tuple(d for d in q.dims if d in dims))
+                return align(kept, dims)
         return None
 
     def marginal(self, site: str) -> torch.distributions.Categorical:
@@ -142,8 +178,19 @@ class Posterior:
         """
         self._check(chain)
         if self.variables[chain].steps is None:
-            raise InputError("expected_transitions", "a Markov chain", f"'{chain}'", "use pair_marginal of two sites")
-        return self._marginals.expected_transitions(chain)
+            raise InputError(
+                "expected_transitions", "a Markov chain", f"'{chain}'", "use pair_marginal of two sites"
+            )
+        own = next((i for i, f in enumerate(self.factors) if f.site == f"{chain}·transition"), None)
+        if own is None:
+            return self._marginals.expected_transitions(chain)
+        q = self._weights[own]
+        _, before, after = chain_axes(chain, self.variables[chain].steps or 1)
+        axes = [i for i, d in enumerate(q.dims) if d not in (before, after)]
+        return align(
+            Named(q.tensor.sum(axes) if axes else q.tensor, tuple(d for d in q.dims if d in (before, after))),
+            (before, after),
+        )
 
     @cached_property
     def _marginals(self) -> Marginals:

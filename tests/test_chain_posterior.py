@@ -95,6 +95,19 @@ def test_chain_beside_an_enumerated_site_equals_brute_force(post: Posterior, row
     assert float(mode.log_prob[row]) == pytest.approx(max(values) - evidence, rel=1e-10)
 
 
+def test_expected_transitions_equal_brute_force_over_all_sequences(post: Posterior) -> None:
+    counts = np.zeros((K, K))
+    for row in range(B):
+        joint = joint_table(row)
+        evidence = np.logaddexp.reduce(list(joint.values()))
+        for (_, z), value in joint.items():
+            for i, j in itertools.pairwise(z):
+                counts[i, j] += math.exp(value - evidence)
+    np.testing.assert_allclose(post.expected_transitions("z"), counts, rtol=1e-10)
+    with pytest.raises(lvmppl.InputError, match="Markov chain"):
+        post.expected_transitions("c")
+
+
 def test_log_prob_of_every_assignment_sums_to_one(post: Posterior) -> None:
     total = 0.0
     for (c, z), value in joint_table(0).items():
