@@ -4,7 +4,7 @@
 
 - `mixture`   responsibilities of a full-covariance mixture, 100 000 × 16 data, 16 components: scikit-learn's predict_proba
 - `hmm`       state marginals and expected transition counts of a categorical hidden Markov model, 100 sequences × 500
-              steps, 32 states, 256 symbols, from the parameters and the symbols: hmmlearn's scaling pass and dynamax's smoother
+              steps, 32 states, 256 symbols, from parameters and symbols: hmmlearn's scaling pass, dynamax's smoother
 - `scaling`   the same two, as N and T grow: the cost of a row and of a step is constant
 - `memory`    log evidence, responsibilities and entropy of the mixture at 1 000 000 rows: the peak of resident memory
 - `small`     log evidence and marginals of a two-component mixture of five rows, from nothing: pymc-extras' `marginalize`
