@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, str]] = {
         "lvmppl.models.mixture:gaussian_mixture",
         "a mixture of Gaussians; covariance full, tied, diag or spherical",
     ),
+    "lda": ("lvmppl.models.lda:lda", "latent Dirichlet allocation of documents as terms and counts"),
     "hidden_markov": (
         "lvmppl.models.hmm:hidden_markov",
         "a hidden Markov model; emission categorical, gaussian, poisson or bernoulli",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import lvmppl
 from lvmppl.algorithms.closed_phases import closed_phases
+from lvmppl.algorithms.coordinate import Sweep
 from lvmppl.algorithms.problem import build_problem
 from lvmppl.algorithms.stepper import batch_elbo
 from lvmppl.density import Coordinates, isolated
@@ -24,6 +26,7 @@ from lvmppl.distributions import MarkovChain
 from lvmppl.guides.categorical import categorical
 from lvmppl.guides.variational import variational
 from lvmppl.models.hmm import hidden_markov
+from lvmppl.models.lda import lda
 from lvmppl.models.mixture import gaussian_mixture
 from lvmppl.options import VEMOptions
 
@@ -138,6 +141,42 @@ def line(y: Tensor, x: Tensor) -> None:
     weight = pyro.sample("weight", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     with pyro.plate("data", len(y)):
         pyro.sample("y", dist.Normal(x @ weight, 0.5), obs=y)
+
+
+def test_elbo_of_lda_by_counts_equals_that_by_single_occurrences() -> None:
+    terms, counts = (
+        torch.tensor([[0, 2, 4, 0], [1, 2, 3, 5], [5, 1, 0, 4]]),
+        torch.tensor([[2, 1, 3, 0], [1, 1, 2, 1], [4, 1, 1, 2]]),
+    )
+    model = functools.partial(lda, num_topics=2, num_terms=6, alpha=0.5, eta=0.7)
+    options: dict[str, Any] = {"init": "random", "e_steps": 1, "max_steps": 300, "tolerance": 1e-13}
+    once = lvmppl.fit(
+        model, {"terms": terms, "counts": counts.double()}, algorithm="vem", guide=variational, **options
+    )
+    assert {s.how for s in once.e_step} == {"closed-form"} and once.history["objective"].diff().min() >= -1e-9
+    # every cell apart into single occurrences: the same documents, q(z) equal within a cell at the optimum
+    single = [
+        [t for t, c in zip(*row, strict=True) for _ in range(int(c))]
+        for row in zip(terms, counts, strict=True)
+    ]
+    width = max(map(len, single))
+    apart = torch.stack([torch.tensor([*row, *[0] * (width - len(row))]) for row in single])
+    ones = torch.stack(
+        [torch.tensor([1.0] * len(row) + [0.0] * (width - len(row)), dtype=F64) for row in single]
+    )
+    start = {n: once.guide_parameters[n] for n in ("topics_concentration", "proportions_concentration")}
+    with isolated(0, F64):
+        problem = build_problem(
+            "fit",
+            model,
+            {"terms": apart, "counts": ones},
+            guide=variational,
+            guide_takes_model=True,
+            start=start,
+        )
+        closed = closed_phases(problem, VEMOptions(e_steps=1))
+        values = Sweep(replace(closed.e, blocks=closed.e.blocks[2:]), closed.problem.initial).run(1)
+        assert _elbo(closed.problem, values) == pytest.approx(once.elbo, abs=1e-7)
 
 
 def heads(**by_site: str) -> Callable[..., Any]:

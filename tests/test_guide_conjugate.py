@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pyro
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import lvmppl
 from lvmppl.algorithms.problem import build_problem
 from lvmppl.density import isolated
 from lvmppl.elbo import elbo
@@ -139,3 +141,22 @@ def test_every_draw_of_the_bound_is_the_evidence_at_the_exact_posterior(case: st
         for _ in range(5):
             bound = elbo(problem.guided.evaluate(data, posterior), problem.data_plate).total
             torch.testing.assert_close(bound, evidence(), rtol=1e-10, atol=1e-9)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_coordinate_update_recovers_the_exact_posterior(case: str) -> None:
+    model, data, head, posterior, evidence = CASES[case]
+    guide = functools.partial(variational, head=head)
+    with isolated(0, F64):
+        fit = lvmppl.fit(model, data, algorithm="vem", guide=guide, max_steps=3)
+    assert [(s.site, s.how) for s in fit.e_step] == [("z", "closed-form")]
+    for name, value in posterior.items():
+        torch.testing.assert_close(fit.guide_parameters[name], torch.as_tensor(value), rtol=1e-9, atol=1e-12)
+    assert fit.elbo == pytest.approx(float(evidence()), abs=1e-9) and fit.elbo_error == 0.0
+    mean, sd = fit.moments["z"]
+    if case == "linear regression":
+        torch.testing.assert_close(mean, posterior["z_loc"], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(sd, LINE_COVARIANCE.diagonal().sqrt(), rtol=1e-9, atol=1e-12)
+    if case == "gamma-poisson":
+        shape, rate = float(posterior["z_concentration"]), float(posterior["z_rate"])
+        assert [float(mean), float(sd)] == pytest.approx([shape / rate, shape**0.5 / rate], rel=1e-9)

@@ -60,7 +60,7 @@ class ClosedPhases:
     def without_closed_forms(self, why: str) -> ClosedPhases:
         return replace(self, e=self.e.by_gradient(why), m=self.m.demote(self.m.closed, why))
 
-    def scattered(self, values: Mapping[str, Tensor], restart: int) -> dict[str, Tensor]:
+    def scattered(self, restart: int) -> dict[str, Tensor]:
         """λ at random responsibilities, where the sites of q are updated from one another: equal ones would stay equal."""
         tables = [b for b in self.e.blocks if b.kind != CONTINUOUS]
         if len(tables) == len(self.e.blocks):
@@ -70,11 +70,11 @@ class ClosedPhases:
         result: dict[str, Tensor] = {}
         for block in tables:
             for held in block.held.values():
-                like = held.spelling.apply(values[held.name])
+                like = held.spelling.apply(self.problem.initial[held.name])
                 uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
                 weights = torch.log(uniform).neg().pow(4)
                 share = weights / weights.sum(-1, keepdim=True) if held.spelling.unit else uniform
-                result[held.name] = held.write(share, values)
+                result[held.name] = held.write(share, self.problem.initial)
         return result
 
 

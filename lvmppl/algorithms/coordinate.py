@@ -144,8 +144,8 @@ class _Trial:
     def __init__(self, problem: Problem, sites: Sequence[str]) -> None:
         self.problem, self.reasons = problem, dict[str, str]()
         assert problem.guided is not None
-        joint = IntegratedJoint(problem.guided, Design(dict.fromkeys(sites, 0)))
-        self.design = Design(_colours(problem, joint, sites))
+        joint = IntegratedJoint(problem.guided, Design(dict.fromkeys(sites, frozenset())))
+        self.design = Design(_meetings(problem, joint, sites))
         coupled: set[str] = set()
         for site in sites:
             if self._is_linear(site):
@@ -196,8 +196,8 @@ class _Trial:
         return found and is_proper(natural.optimum(sweep.scale(site, member)))
 
 
-def _colours(problem: Problem, joint: IntegratedJoint, sites: Sequence[str]) -> dict[str, int]:
-    """The least colour for each site that no site it meets in a factor has."""
+def _meetings(problem: Problem, joint: IntegratedJoint, sites: Sequence[str]) -> dict[str, frozenset[str]]:
+    """For each site, the others that some factor depends on beside it."""
     views, _ = joint.view_guide(problem.data, problem.initial)
     members = joint.design.members(views)
     meets: dict[str, set[str]] = {s: set() for s in sites}
@@ -213,11 +213,7 @@ def _colours(problem: Problem, joint: IntegratedJoint, sites: Sequence[str]) -> 
             here = {s for s, g in zip(leaves, grads, strict=True) if g is not None}
             for site in here:
                 meets[site] |= here - {site}
-    colours: dict[str, int] = {}
-    for site in sites:
-        taken = {colours[o] for o in meets[site] if o in colours}
-        colours[site] = next(c for c in range(len(sites)) if c not in taken)
-    return colours
+    return {site: frozenset(others) for site, others in meets.items()}
 
 
 # ------------------------------------------------------------------------------------------------------ a sweep

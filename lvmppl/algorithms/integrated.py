@@ -28,29 +28,41 @@ MAX_POINTS = 256  # points at which a model is run for one expectation
 class Design:
     """How the points of the continuous sites are combined.
 
-    colours: by site, which coordinate of the design it moves along. coupled: Gaussian sites whose elements meet.
+    meets: by site, the others that some factor holds beside it. coupled: Gaussian sites whose elements meet.
     """
 
-    colours: Mapping[str, int]
+    meets: Mapping[str, frozenset[str]]
     coupled: frozenset[str] = frozenset()
 
     def members(self, views: Mapping[str, SiteView]) -> dict[str, Member]:
         """q of each continuous site."""
-        found = {n: member_of(views[n].fn, n in self.coupled) for n in self.colours}
+        found = {n: member_of(views[n].fn, n in self.coupled) for n in self.meets}
         assert all(found.values()), "a guide's families do not change between steps"
         return {n: m for n, m in found.items() if m is not None}
 
+    @property
+    def colours(self) -> dict[str, int]:
+        """Which coordinate of the design each site moves along: the least that no site it meets has."""
+        found: dict[str, int] = {}
+        for site, others in self.meets.items():
+            taken = {found[o] for o in others if o in found}
+            found[site] = next(c for c in range(len(self.meets)) if c not in taken)
+        return found
+
     def points(self, members: Mapping[str, Member], leave: str | None = None) -> dict[str, Tensor]:
-        """Points of every site but one, [P, *batch, *event], all of the same weight."""
+        """Points of every site but one, [P, *batch, *event], all of the same weight; one of a site that never meets it."""
         own = {n: m.points() for n, m in members.items() if n != leave}
+        if leave is not None:
+            own = {n: p if n in self.meets[leave] else p[:1] for n, p in own.items()}
         sizes: dict[int, int] = {}
+        colours = self.colours
         for name, values in own.items():
-            colour = self.colours[name]
+            colour = colours[name]
             sizes[colour] = lcm(sizes.get(colour, 1), len(values))
         order = sorted(sizes)
         result = {}
         for name, values in own.items():
-            at = order.index(self.colours[name])
+            at = order.index(colours[name])
             inner, outer = prod(sizes[c] for c in order[at + 1 :]), prod(sizes[c] for c in order[:at])
             tiled = values.repeat(sizes[order[at]] // len(values), *[1] * (values.dim() - 1))
             spread = tiled.repeat_interleave(inner, 0)

@@ -62,9 +62,11 @@ class _Alternation:
         self.problem, self.options, self.restart, self.joint = problem, options, restart, problem.guided
         self.watch = Watch(problem, options, WINDOW)
         self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
-        start = start_values(problem, options.init, restart, options.restarts, closed.m)
-        if restart or options.init == "random":
-            start.update(closed.scattered(start, restart))
+        scattered = closed.scattered(restart) if restart or options.init == "random" else {}
+        start = dict(problem.initial)
+        if problem.free_theta or not scattered:
+            start = start_values(problem, options.init, restart, options.restarts, closed.m)
+        start.update(scattered)
         self.start, self.seeds = start, StepSeeds(problem, restart)
         self.small = small = self.batches.size is not None
         if self.batches.size is not None:

@@ -62,16 +62,17 @@ def _read_lee(name: str, args: Mapping[str, Any]) -> Table:
     words.
 
     args: `form: tokens` gives `tokens` [N, L], word numbers padded with 0, and `lengths` [N]; `form: counts`
-    gives `counts` [N, V], whose columns are the words. Word 0 is the most frequent, ties by alphabet.
+    gives `counts` [N, V], whose columns are the words; `form: terms` gives `terms` [N, U], the distinct words of each
+    text padded with 0, and `counts` [N, U], how often each occurs there (0 for padding). Word 0 is the most frequent,
+    ties by alphabet.
     `min_count` drops
     words that occur less often in all texts together; `max_vocab` keeps the most frequent.
     """
     refuse_arguments(name, args, ("form", "min_count", "max_vocab"))
     form = args.get("form", "tokens")
-    if form not in ("tokens", "counts"):
-        raise InputError(
-            "data.args.form", "tokens or counts", shown(form), nearest(form, ("tokens", "counts"))
-        )
+    forms = ("tokens", "counts", "terms")
+    if form not in forms:
+        raise InputError("data.args.form", "tokens, counts or terms", shown(form), nearest(form, forms))
     min_count, max_vocab = _whole(args, "min_count", 2), _whole(args, "max_vocab", None)
     texts = _lee_texts()
     totals = Counter(word for text in texts for word in text)
@@ -90,6 +91,13 @@ def _read_lee(name: str, args: Mapping[str, Any]) -> Table:
         counts = np.stack([np.bincount(row, minlength=len(vocabulary)) for row in rows])  # [N, V]
         words: dict[str, Column] = {word: counts[:, number] for word, number in vocabulary.items()}
         return Table(name, words, {"counts": Block(counts, tuple(vocabulary))}, ("counts",))
+    if form == "terms":
+        distinct = [np.unique(row, return_counts=True) for row in rows]
+        width = max(len(words) for words, _ in distinct)
+        terms, counts = (
+            np.stack([np.pad(pair[i], (0, width - len(pair[i]))) for pair in distinct]) for i in (0, 1)
+        )
+        return Table(name, {}, {"terms": Block(terms), "counts": Block(counts)}, ("terms", "counts"))
     lengths = np.array([len(row) for row in rows])
     tokens = np.stack([np.pad(row, (0, int(lengths.max()) - len(row))) for row in rows])  # [N, L]
     return Table(name, {"lengths": lengths}, {"tokens": Block(tokens)}, ("tokens", "lengths"))
