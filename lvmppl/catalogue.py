@@ -33,6 +33,10 @@ MODELS: dict[str, tuple[str, str]] = {
         "a mixture of Gaussians; covariance full, tied, diag or spherical",
     ),
     "lda": ("lvmppl.models.lda:lda", "latent Dirichlet allocation of documents as terms and counts"),
+    "factorial_hidden_markov": (
+        "lvmppl.models.factorial_hmm:factorial_hidden_markov",
+        "several hidden Markov chains whose levels add up to what is observed",
+    ),
     "hidden_markov": (
         "lvmppl.models.hmm:hidden_markov",
         "a hidden Markov model; emission categorical, gaussian, poisson or bernoulli",

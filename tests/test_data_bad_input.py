@@ -329,7 +329,7 @@ def test_bad_file_message_names_what_is_wrong(
         (
             "lee_background",
             {"args": {"form": "count"}},
-            "data.args.form | tokens or counts | did you mean 'counts'?",
+            "data.args.form | tokens, counts or terms | did you mean 'counts'?",
         ),
         ("lee_background", {"args": {"min_count": 0}}, "data.args.min_count | at least 1 | got 0"),
         (
