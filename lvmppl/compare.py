@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lvmppl.continuous_posteriors import ContinuousPosterior, moment_frame
-from lvmppl.elbo import GuideWeights, expectation
+from lvmppl.density import Evaluation
+from lvmppl.elbo import GuideWeights, elbo, expectation
 from lvmppl.exact.named import Named
 from lvmppl.fitted import Fit
 from lvmppl.posteriors import Posterior
@@ -22,6 +23,8 @@ def kl_per_datum(variational: Posterior, exact: Posterior) -> Tensor:
     log p(x) = ELBO + KL is a check and not a definition. Sites that q leaves out are summed out of p first.
     """
     names = frozenset(variational.variables)
+    if any(v.steps is not None for v in exact.variables.values()):
+        return _kl_of_chains(variational, exact)
     weights = GuideWeights(variational.factors, variational.variables, names)
     total = -variational.entropy()
     left_out = [n for n in exact.variables if n not in names]
@@ -31,6 +34,16 @@ def kl_per_datum(variational: Posterior, exact: Posterior) -> Tensor:
         mean = expectation(table, weights, exact.plate_sizes)
         total = total - _spread(mean, plates, exact, total)
     return total
+
+
+def _kl_of_chains(variational: Posterior, exact: Posterior) -> Tensor:
+    """log Z − E_q log p̃(z) − H[q]: a chain is summed out whole, and leaves no table of conditionals."""
+    names = frozenset(variational.variables)
+    own = Evaluation(exact.factors, variational.factors, exact.variables, names, exact.plate_sizes)
+    bound, evidence = elbo(own, exact.data_plate), exact.log_evidence_per_datum
+    if evidence is None or bound.per_datum is None:
+        return torch.tensor(exact.log_evidence) - bound.total
+    return evidence - bound.per_datum - bound.constant
 
 
 def _spread(mean: Named, plates: frozenset[str], exact: Posterior, like: Tensor) -> Tensor:
