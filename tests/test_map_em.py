@@ -102,6 +102,7 @@ def test_em_step_under_priors_equals_pseudo_counts_by_hand() -> None:
     x = line().numpy()
     fit = lvmppl.fit(mixture, {"x": line()}, algorithm="em", max_steps=1, tolerance=0, seed=2)
     again = lvmppl.fit(mixture, {"x": line()}, algorithm="em", max_steps=2, tolerance=0, seed=2)
+    assert {s.how for s in again.m_step} == {"closed-form"}
     p = {k: v.numpy() for k, v in fit.parameters.items()}
     joint = log_joint(p, x)
     q = np.exp(joint - np.logaddexp(*joint))
