@@ -210,7 +210,9 @@ class Posterior:
         Where the data have probability 0 the states mean nothing, and log p(z* | x) = −∞ says so.
         """
         factors = self._of_one_copy() if self._is_scaled else self.factors
-        tape = eliminate(factors, self.variables, self.plate_sizes, self.data_plate, maximise=True).tape
+        tape: Sequence[Step] = ()
+        if any(v.steps is None for v in self.variables.values()):  # chains alone have their best paths below
+            tape = eliminate(factors, self.variables, self.plate_sizes, self.data_plate, maximise=True).tape
         states = self._walk(tape, 1, lambda logits: logits.argmax(0))
         for group in self._chain_groups:
             states.update(

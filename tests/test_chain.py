@@ -172,3 +172,14 @@ def test_steps_in_numpy_and_in_torch_are_the_same_sweep(monkeypatch: pytest.Monk
     torch.testing.assert_close(first.unary, second.unary, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(first.transition, second.transition, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(first.log_evidence, second.log_evidence, rtol=1e-13, atol=0.0)
+
+
+def test_entropy_step_by_step_equals_that_of_all_pairs_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    factors = [
+        torch.randn(s, generator=generator, dtype=torch.float64) for s in ((1, 3), (1, 1, 3, 3), (4, 6, 3))
+    ]
+    lengths = torch.tensor([6, 1, 4, 2])
+    at_once = chain.entropy(*factors, lengths)
+    monkeypatch.setattr(chain, "_PAIRS_HELD", 0)
+    torch.testing.assert_close(chain.entropy(*factors, lengths), at_once, rtol=1e-12, atol=1e-14)

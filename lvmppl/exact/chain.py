@@ -14,10 +14,11 @@ For a hidden Markov model ℓ_t(k) = log p(x_t | z_t = k), Z = p(x), and p̃/Z =
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +27,7 @@ from lvmppl.exact.chain_factors import Chain, path_factors
 from lvmppl.exact.chain_sweep import Sweep
 from lvmppl.exact.named import log_sum_exp
 
+_PAIRS_HELD = 1 << 24  # entries of B·T·K² pair marginals from which entropy goes step by step
 _PAIRS_AT_ONCE = 1 << 22  # entries of B·K² scores in one step of Viterbi, which bounds its memory
 
 
@@ -130,27 +132,34 @@ class ChainPosterior:
         return self.sweep.pairwise(self.unary.transpose(0, 1), t)
 
     def all_pairwise(self) -> Tensor:
-        """All consecutive pair marginals [B, T-1, K, K]; memory B·T·K², which nothing else here needs."""
+        """All consecutive pair marginals [B, T-1, K, K]; memory B·T·K², which nothing else here needs.
+
+        They are the expected counts of a chain that shares no transition between sequences or steps.
+        """
         batch, steps, states = self.unary.shape
         if steps == 1:
             return self.unary.new_zeros(batch, 0, states, states)
-        return torch.stack([self._pair(t) for t in range(steps - 1)], 1)
+        own = self.chain.log_transition.expand(batch, steps - 1, states, states)
+        return Sweep(replace(self.chain, log_transition=own)).run_backward()[1]
 
     def entropy(self) -> Tensor:
         """H[p(z | x)] = Σ_t H[z_t, z_{t+1}] − Σ_{1<t<T} H[z_t], [B] nats; 0 for an impossible sequence.
 
         Unlike log Z − E[log p̃] it does not cancel large numbers.
         """
-        steps = self.unary.shape[1]
-        single = torch.special.entr(self.unary).sum(-1)  # [B, T]
-        total: Tensor = single[:, 0].double()
-        for t in range(steps - 1):
-            pair = torch.special.entr(self._pair(t)).sum((-2, -1))
-            runs = torch.ones_like(pair, dtype=torch.bool)
-            if self.chain.lengths is not None:
-                runs = self.chain.lengths > t + 1
-            total += torch.where(runs, pair - single[:, t], 0.0)
-        return total.clamp_min_(0.0).to(self.unary.dtype)
+        batch, steps, states = self.unary.shape
+        single = torch.special.entr(self.unary).sum(-1).double()  # [B, T]
+        if steps == 1 or batch * steps * states**2 <= _PAIRS_HELD:
+            pairs = torch.special.entr(self.all_pairwise()).sum((-2, -1)).double()
+        else:
+            each = (torch.special.entr(self._pair(t)).sum((-2, -1)).double() for t in range(steps - 1))
+            pairs = torch.stack(list(each), 1)
+        changes = pairs - single[:, :-1]
+        if self.chain.lengths is not None:
+            valid = torch.arange(1, steps, device=changes.device) < self.chain.lengths.unsqueeze(-1)
+            changes = torch.where(valid, changes, 0.0)
+        total: Tensor = (single[:, 0] + changes.sum(1)).clamp_min_(0.0)
+        return total.to(self.unary.dtype)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Tensor:
         """Sequences z ~ p(z | x), independent: [S, B, T]; 0 beyond a length, and meaningless where log Z = −∞."""
@@ -260,26 +269,31 @@ def _viterbi(chain: Chain) -> tuple[Tensor, Tensor]:
 
 
 def _best_paths(chain: Chain) -> Tensor:
-    """[b, T] states. Scores are kept relative to the best of their step, so that float32 does not drown in long chains."""
+    """[b, T] states. Scores are kept relative to the best of their step, so that float32 does not drown in long chains.
+
+    In numpy, whose small operations cost a fraction of torch's; the state before is the last axis of a step's scores.
+    """
     chain, valid = chain.padded(), chain.valid()
     batch, steps, states = chain.log_likelihood.shape
-    small = torch.int16 if states <= torch.iinfo(torch.int16).max else torch.int32
-    came_from = torch.arange(states, dtype=small).repeat(steps, batch, 1)
-    score = chain.log_initial + chain.log_likelihood[:, 0]
+    homogeneous, running = chain.homogeneous, None if valid is None else valid.unsqueeze(-1).numpy()
+    moves = chain.log_transition.mT.contiguous().numpy()  # [b|1, T-1|1, K after, K before]
+    likelihood = chain.log_likelihood.transpose(0, 1).contiguous().numpy()
+    came_from = np.empty((steps, batch, states), np.int16 if states <= np.iinfo(np.int16).max else np.int32)
+    same, lowest = np.arange(states), np.finfo(likelihood.dtype).min
+    score = chain.log_initial.numpy() + likelihood[0]
     for t in range(1, steps):
-        pairs = score.unsqueeze(-1) + chain.at_step(chain.log_transition, t - 1)
-        best, previous = pairs.max(-2)
-        best = best + chain.log_likelihood[:, t]
-        best = best - best.amax(-1, keepdim=True).clamp_min(torch.finfo(best.dtype).min)
-        if valid is not None:  # a sequence that is over keeps its score, and its state when traced back
-            running = valid[t].unsqueeze(-1)
-            best, previous = torch.where(running, best, score), torch.where(running, previous, came_from[t])
+        pairs = score[:, None, :] + moves[:, 0 if homogeneous else t - 1]
+        previous, best = pairs.argmax(-1), pairs.max(-1) + likelihood[t]
+        best -= np.maximum(best.max(-1, keepdims=True), lowest)
+        if running is not None:  # a sequence that is over keeps its score, and its state when traced back
+            best, previous = np.where(running[t], best, score), np.where(running[t], previous, same)
         score, came_from[t] = best, previous
-    path = torch.empty(steps, batch, dtype=torch.long)
+    path, rows = np.empty((steps, batch), np.int64), np.arange(batch)
     path[-1] = score.argmax(-1)
     for t in range(steps - 1, 0, -1):
-        path[t - 1] = came_from[t].gather(1, path[t].unsqueeze(1)).squeeze(1)
-    return path.T if valid is None else path.masked_fill(~valid, 0).T
+        path[t - 1] = came_from[t][rows, path[t]]
+    found = torch.from_numpy(path)
+    return found.T if valid is None else found.masked_fill(~valid, 0).T
 
 
 def _chain(initial: Tensor, transition: Tensor, likelihood: Tensor, lengths: Tensor | None) -> Chain:
