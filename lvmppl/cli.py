@@ -66,9 +66,9 @@ def run(
     Exit status: 0 all fits finished, 1 some fit failed, 2 the input is wrong, 130 interrupted.
     """
     with _exit_status():
-        from lvmppl import runner
-
         with _progress(quiet) as progress:
+            from lvmppl import runner
+
             result = runner.run(experiment, out, overrides or [], smoke, progress)
         _console().print(summary_table(result.summary))
         for fit, message in zip(result.summary["fit"], result.summary["message"], strict=True):
@@ -85,9 +85,10 @@ def run(
 def check(experiment: Experiment, overrides: Overrides = None) -> None:
     """Find what is wrong with an experiment before a long run; fit nothing."""
     with _exit_status():
-        from lvmppl import runner
+        with _progress(quiet=False):
+            from lvmppl import runner
 
-        lines = runner.check(experiment, overrides or [])
+            lines = runner.check(experiment, overrides or [])
         _console().print(check_table(lines))
     if not all(ok for _, ok, _ in lines):
         raise typer.Exit(WRONG_INPUT)
@@ -159,23 +160,59 @@ def _console() -> Console:
 
 
 def summary_table(summary: pd.DataFrame) -> Any:
-    """The summary as a rich table, without the columns that say nothing in this run."""
+    """The summary as a rich table, without the columns that say nothing in this run; held-out rows have one below."""
+    from rich.console import Group
+
+    what = {"fit": "fit", "algorithm": "algorithm", "guide": "guide", "status": "status"}
+    what |= {"steps": "steps", "seconds": "seconds"}
+    train = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
+    test = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
+    below = _columns(summary, {"fit": "fit"}, test)
+    above = _columns(summary, what, train)
+    return Group(above, "", below) if summary[[*test]].notna().any(axis=None) else above
+
+
+def _columns(summary: pd.DataFrame, what: dict[str, str], numbers: dict[str, str]) -> Any:
+    """Some columns of the summary, of the numbers those that are there in any row."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    numbers = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
-    numbers |= {"test_log_evidence": "test log\nevidence", "test_elbo": "test ELBO"}
     numbers = {column: title for column, title in numbers.items() if summary[column].notna().any()}
-    for title in ("fit", "algorithm", "guide"):
-        table.add_column(title, overflow="fold")
-    table.add_column("status", no_wrap=True)
-    for title in ("steps", "seconds", *numbers.values()):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in summary.to_dict("records"):
-        cells = [str(row[column]) for column in ("fit", "algorithm", "guide", "status", "steps")]
-        values = [_number(row[column], row, column) for column in numbers]
-        table.add_row(*cells, f"{row['seconds']:.1f}" if row["seconds"] == row["seconds"] else "", *values)
+    titles = {**what, **numbers}
+    names = [column for column in what if column in ("fit", "algorithm", "guide")]
+    rows = summary.to_dict("records")
+    cells = {c: [_number(r[c], r, c) if c in numbers else _plain(r[c]) for r in rows] for c in titles}
+    for width in (40, 20, 12):  # names break between their words, as late as the line allows
+        broken = {**cells, **{c: [_in_pieces(cell, width) for cell in cells[c]] for c in names}}
+        lines = {c: [titles[c], *(line for cell in broken[c] for line in cell.split("\n"))] for c in titles}
+        if sum(max(map(len, found)) + 1 for found in lines.values()) <= WIDTH:
+            break
+    for column, title in titles.items():
+        left = column in names or column == "status"
+        fold: Any = {"overflow": "fold"} if column in names else {"no_wrap": True}
+        table.add_column(title, justify="left" if left else "right", **fold)
+    for row in zip(*broken.values(), strict=True):
+        table.add_row(*row)
     return table
+
+
+def _plain(value: Any) -> str:
+    """A name, a status, a count of steps, or seconds."""
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.1f}"
+    return str(value)
+
+
+def _in_pieces(name: str, width: int) -> str:
+    """A name over several lines, broken between its words, where it is longer than `width`."""
+    pieces = re.split(r"(?<=[^_-])(?=[_-])", name)
+    lines = pieces[:1]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) <= width:
+            lines[-1] += piece
+        else:
+            lines.append(piece)
+    return "\n".join(lines)
 
 
 def _number(value: Any, row: Any, column: str) -> str:
@@ -203,6 +240,9 @@ def check_table(lines: list[tuple[str, bool, str]]) -> Any:
 # ------------------------------------------------------------------------------------------------- progress
 
 
+_BLANK = {"count": "", "objective": "", "rate": "", "status": ""}
+
+
 class Bars:
     """One bar a fit: step, objective and rate, drawn at most ten times a second on stderr."""
 
@@ -212,16 +252,30 @@ class Bars:
         self._progress = progress
         self._tasks: dict[str, Any] = {}
         self._task: Any = None
+        self._total = 0
+        self._loading: Any = None
         self._last = (0, math.nan)
         self._began = self._due = 0.0
 
+    def loading(self) -> None:
+        """Say that something is going on before the first fit: importing, reading, checking."""
+        self._loading = self._progress.add_task("loading …", total=None, **_BLANK)
+        self._progress.refresh()
+
+    def loaded(self) -> None:
+        """Take that line away."""
+        if self._loading is not None:
+            self._progress.remove_task(self._loading)
+            self._loading = None
+
     def start(self, fit: str, restart: int, total: int) -> None:
         """A restart begins; those of one fit share its bar."""
+        self.loaded()
         if fit not in self._tasks:
-            self._tasks[fit] = self._progress.add_task(fit, total=total, objective="", rate="", status="")
-        self._task = self._tasks[fit]
+            self._tasks[fit] = self._progress.add_task(fit, total=total, **_BLANK)
+        self._task, self._total = self._tasks[fit], total
         label = f"{fit} (restart {restart})" if restart else fit
-        self._progress.reset(self._task, total=total, description=label, objective="", rate="", status="")
+        self._progress.reset(self._task, total=total, description=label, **_BLANK)
         self._began, self._due, self._last = time.perf_counter(), 0.0, (0, math.nan)
 
     def update(self, step: int, objective: float) -> None:
@@ -241,16 +295,19 @@ class Bars:
     def done(self, fit: str, steps: int, objective: float, status: str) -> None:
         """What the fit ends with: the restart it keeps, and the bound or evidence of all rows at its parameters."""
         if fit in self._tasks:
-            fields = {"status": status, "description": fit}
+            fields = {"status": status, "description": fit, "count": f"{steps}/{self._total}"}
+            whole = (
+                max(steps, 1) if status == "converged" else self._total
+            )  # a full bar: nothing is left to do
             if not math.isnan(objective):  # there is no bound: the last objective stays
                 fields["objective"] = f"{objective:.4f}"
-            self._progress.update(self._tasks[fit], completed=steps, refresh=True, **fields)
+            self._progress.update(self._tasks[fit], completed=steps, total=whole, refresh=True, **fields)
 
     def _draw(self, now: float, status: str) -> None:
         step, objective = self._last
         rate = f"{step / max(now - self._began, 1e-9):.0f}/s" if step else ""
         shown = "" if math.isnan(objective) else f"{objective:.4f}"
-        fields = {"objective": shown, "rate": rate, "status": status}
+        fields = {"objective": shown, "rate": rate, "status": status, "count": f"{step}/{self._total}"}
         self._progress.update(self._task, completed=step, refresh=True, **fields)
 
 
@@ -258,7 +315,7 @@ def progress_columns(console: Console) -> Progress:
     """The columns of a bar: fit, bar, step, objective, rate, status."""
     from rich.progress import BarColumn, Progress, TextColumn
 
-    words = ["{task.completed}/{task.total}", "{task.fields[objective]}", "{task.fields[rate]}"]
+    words = ["{task.fields[count]}", "{task.fields[objective]}", "{task.fields[rate]}"]
     columns = [TextColumn(word, justify="right") for word in words]
     first, last = TextColumn("[bold]{task.description}"), TextColumn("{task.fields[status]}")
     return Progress(first, BarColumn(bar_width=20), *columns, last, console=console, auto_refresh=False)
@@ -273,4 +330,9 @@ def _progress(quiet: bool) -> Iterator[Bars | None]:
     from rich.console import Console
 
     with progress_columns(Console(stderr=True)) as progress:
-        yield Bars(progress)
+        bars = Bars(progress)
+        bars.loading()
+        try:
+            yield bars
+        finally:
+            bars.loaded()

@@ -33,6 +33,7 @@ def gaussian_mixture(x: Tensor, num_components: int, covariance: Covariance = "f
     if covariance not in ("full", "tied", "diag", "spherical"):
         raise ValueError(f"covariance must be full, tied, diag or spherical, got {covariance!r}")
     x = x.unsqueeze(-1) if x.dim() == 1 else x
+    x = x if x.is_floating_point() else x.to(torch.get_default_dtype())  # a file of whole numbers
     size = len(x)
     if not 1 <= num_components <= size:
         raise ValueError(

@@ -438,6 +438,16 @@ def test_earlier_run_is_whole_until_the_new_one_stands_in_its_place(
         assert kept == Path("runs/small/summary.csv")
 
 
+def test_rows_of_whole_numbers_are_fitted_as_the_same_rows_with_a_point(folder: Path) -> None:
+    whole = "a,b\n" + "".join(f"{i},{(i * i) % 7}\n" for i in range(12))
+    summaries = []
+    for text in (whole, re.sub(r"(\d+)", r"\1.0", whole)):
+        (folder / "rows.csv").write_text(text)
+        assert lvmppl("run", "small.yaml").exit_code == 0
+        summaries.append(pd.read_csv("runs/small/summary.csv").drop(columns="seconds"))
+    pd.testing.assert_frame_equal(*summaries)
+
+
 # ------------------------------------------------------------------------------------------ wrong input
 
 
@@ -806,6 +816,23 @@ def test_summary_table_fits_100_columns_and_leaves_out_empty_ones() -> None:
     assert max(map(len, tested)) <= 100 and "-5.0000" in "\n".join(tested)
 
 
+@pytest.mark.parametrize("tested", [False, True])
+def test_summary_table_breaks_names_between_their_words_only(tested: bool) -> None:
+    columns = ["log_evidence", "elbo", "gap", *(["test_log_evidence", "test_elbo"] if tested else [])]
+    names = {"fit": "em_with_a_long_name", "algorithm": "enumeration", "guide": "categorical_encoder"}
+    row = {**names, "status": "max_steps", "steps": 3000, "seconds": 64.6, "log_evidence_kind": "exact"}
+    row |= {
+        "test_log_evidence": float("nan"),
+        "test_elbo": float("nan"),
+        **dict.fromkeys(columns, -12345.6789),
+    }
+    lines = printed(pd.DataFrame([row]))
+    assert max(map(len, lines)) <= 100
+    words = set(re.findall(r"[a-z]{3,}", " ".join(lines).lower()))
+    assert {"with", "long", "name", "enumeration", "categorical", "encoder"} <= words
+    assert ("test" in words) == tested and sum(line.count("-12345.6789") for line in lines) == len(columns)
+
+
 def printed(summary: pd.DataFrame) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=cli.WIDTH, highlight=False).print(cli.summary_table(summary))
@@ -837,9 +864,33 @@ def test_bars_show_fit_step_objective_rate_and_status() -> None:
     assert re.search(r"em .*7/500.*-180\.1855.* \d+/s.*converged", text)
     assert "failed" not in text
     assert "em (restart 2)" in text and "-190.0000" in text
-    (task,) = progress.tasks  # the restart that the fit keeps
-    assert (task.description, task.completed) == ("em", 7)
+    (task,) = (
+        progress.tasks
+    )  # the restart that the fit keeps: its bar is full, its count is of all it might have done
+    assert (task.description, task.completed, task.total) == ("em", 7, 7)
+    assert task.fields["count"] == "7/500"
     assert task.fields["objective"] == "-180.1855" and task.fields["status"] == "converged"
+
+
+@pytest.mark.parametrize(("status", "total"), [("converged", 7), ("max_steps", 500), ("diverged", 500)])
+def test_bar_is_full_where_nothing_is_left_to_do(status: str, total: int) -> None:
+    progress, shown = bars(io.StringIO())
+    with progress:
+        shown.start("em", 0, 500)
+        shown.update(7, -180.1855)
+        shown.finish(status)
+        shown.done("em", 7, -180.1855, status)
+    assert progress.tasks[0].total == total
+
+
+def test_something_is_shown_before_the_first_fit_and_goes_with_it() -> None:
+    stream = io.StringIO()
+    progress, shown = bars(stream)
+    with progress:
+        shown.loading()
+        assert "loading" in stream.getvalue() and "None" not in stream.getvalue()
+        shown.start("em", 0, 500)
+        assert [task.description for task in progress.tasks] == ["em"]
 
 
 def test_bars_are_drawn_at_most_ten_times_a_second() -> None:
