@@ -207,7 +207,10 @@ def _checked_start(spec: ParameterSpec, value: Any) -> Tensor:
         raise InputError(
             where, "finite numbers", "NaN or infinity", "a fit that diverged has none to hand on"
         )
-    if not bool(spec.constraint.check(start).all()):
+    exact = (
+        start.double() if start.is_floating_point() else start
+    )  # a long float32 simplex sums to 1 in float64 only
+    if not bool(spec.constraint.check(exact).all()):
         span = f"values from {float(start.min()):.6g} to {float(start.max()):.6g}"
         fix = "hand in constrained values, as `fit.parameters` holds them"
         raise InputError(where, f"values within its constraint, {spec.constraint}", span, fix)
