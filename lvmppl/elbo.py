@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
-from lvmppl.density import Evaluation, Factor, Variable, chain_axes, time_axis
+from lvmppl.density import PARTICLES, Evaluation, Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
 from lvmppl.exact.elimination import Term, eliminate
 from lvmppl.exact.named import Named, add, align, union
@@ -32,6 +33,27 @@ class Bound:
     @property
     def total(self) -> Tensor:
         return self.constant if self.per_datum is None else self.constant + self.per_datum.sum()
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of log p − log q, scaled, in expectation over the guide's enumerated sites.
+
+    mean: [particles (if it depends on the draw), *plates]; plates: those it stands in, with or without an axis. site: whose
+    factor it is, empty for what is left when the model's own enumerated sites are summed. rank: the guide's factors in
+    the order of drawing, None for the model's.
+    """
+
+    mean: Named
+    plates: frozenset[str]
+    site: str = ""
+    rank: int | None = None
+
+    def reduced(self, keep: Sequence[str], plate_sizes: Mapping[str, int]) -> Tensor:
+        """The sum over all plates but those to keep [*keep], an axis along which it is constant of size 1."""
+        named = summed(self.mean, [d for d in self.mean.dims if d not in keep])
+        absent = prod(plate_sizes[p] for p in self.plates if p not in keep and p not in self.mean.dims)
+        return align(named, keep) * absent if absent != 1 else align(named, keep)
 
 
 class GuideWeights:
@@ -165,7 +187,7 @@ def model_terms(evaluation: Evaluation, data_plate: str | None) -> list[Term]:
         return [_scaled(f) for f in evaluation.factors]
     chains = {n for n in evaluation.guide_variables if evaluation.variables[n].steps is not None}
     variables = {n: v for n, v in evaluation.variables.items() if n not in chains}
-    touched = [f for f in evaluation.factors if not chains or _depends_on(f, extra, evaluation.variables)]
+    touched = [f for f in evaluation.factors if _depends_on(f, extra, evaluation.variables)]
     terms = [_scaled(f) for f in evaluation.factors if not any(f is t for t in touched)]
     _check_apart(touched, chains, evaluation.variables)
     done = eliminate(
@@ -212,26 +234,64 @@ def guide_terms(evaluation: Evaluation) -> list[Term]:
     return [_scaled(f) for f in evaluation.guide_factors]
 
 
-def elbo(evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] | None = None) -> Bound:
-    """The ELBO of one evaluation; `model` may hold `model_terms` computed before (when θ has not moved since)."""
+def bound_parts(
+    evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] | None = None
+) -> list[Part]:
+    """The terms of log p − log q, each in expectation over the guide's enumerated sites.
+
+    model: `model_terms` computed before (when θ has not moved since).
+    """
     weights = GuideWeights(evaluation.guide_factors, evaluation.variables, evaluation.guide_variables)
     positive = model_terms(evaluation, data_plate) if model is None else model
-    like = (
-        evaluation.guide_factors[0].log_prob if evaluation.guide_factors else evaluation.factors[0].log_prob
-    )
-    bound = Bound(None, torch.zeros((), dtype=like.dtype, device=like.device))
-    for sign, terms in ((1.0, positive), (-1.0, guide_terms(evaluation))):
-        for term in terms:
-            bound = _accumulate(bound, term, sign, weights, evaluation.plate_sizes, data_plate)
-    return bound
+    found = []
+    for term in positive:
+        found.append(_part(term, 1.0, weights, evaluation.plate_sizes, None))
+    for rank, term in enumerate(guide_terms(evaluation)):
+        found.append(_part(term, -1.0, weights, evaluation.plate_sizes, rank))
+    return found
+
+
+def _part(
+    term: Term, sign: float, weights: GuideWeights, plate_sizes: Mapping[str, int], rank: int | None
+) -> Part:
+    mean = expectation(term.named, weights, plate_sizes)
+    plates = term.plates | {d for d in mean.dims if d in plate_sizes and d != PARTICLES}
+    signed = mean if sign > 0 else Named(-mean.tensor, mean.dims)
+    return Part(signed, plates, term.site, rank)
+
+
+def elbo(evaluation: Evaluation, data_plate: str | None, model: Sequence[Term] | None = None) -> Bound:
+    """The ELBO of one evaluation, the mean over its particles; `model` as for `bound_parts`."""
+    parts = bound_parts(evaluation, data_plate, model)
+    rows, constant = rows_and_constant(parts, data_plate, evaluation.plate_sizes)
+    return Bound(None if rows is None else rows.mean(0), constant.mean())
+
+
+def rows_and_constant(
+    parts: Sequence[Part], data_plate: str | None, plate_sizes: Mapping[str, int]
+) -> tuple[Tensor | None, Tensor]:
+    """Sums of parts by particle: those in the data plate by row [J, B], None if there are none, and the others [J].
+
+    J is 1 where nothing depends on the draw.
+    """
+    rows: Tensor | None = None
+    constant = torch.zeros(1, dtype=parts[0].mean.tensor.dtype, device=parts[0].mean.tensor.device)
+    for part in parts:
+        if data_plate is not None and data_plate in part.plates:
+            own = part.reduced((PARTICLES, data_plate), plate_sizes)
+            own = own.expand(len(own), plate_sizes[data_plate])
+            rows = own if rows is None else rows + own
+        else:
+            constant = constant + part.reduced((PARTICLES,), plate_sizes)
+    return rows, constant
 
 
 def expected_log_joint(evaluation: Evaluation, weights: GuideWeights, data_plate: str | None) -> Tensor:
     """E_q log p(x, z; θ) of the evaluation's factors, over all rows, scales applied."""
-    total = Bound(None, torch.zeros(()))
-    for term in model_terms(evaluation, data_plate):
-        total = _accumulate(total, term, 1.0, weights, evaluation.plate_sizes, data_plate)
-    return total.total
+    sizes = evaluation.plate_sizes
+    parts = [_part(term, 1.0, weights, sizes, None) for term in model_terms(evaluation, data_plate)]
+    rows, constant = rows_and_constant(parts, data_plate, sizes)
+    return constant.mean() if rows is None else constant.mean() + rows.mean(0).sum()
 
 
 def expectation(
@@ -255,31 +315,6 @@ def expectation(
     return Named(product.sum(tuple(range(len(inner)))) if inner else product, dims[len(inner) :])
 
 
-def _accumulate(
-    bound: Bound,
-    term: Term,
-    sign: float,
-    weights: GuideWeights,
-    plate_sizes: Mapping[str, int],
-    data_plate: str | None,
-) -> Bound:
-    mean = expectation(term.named, weights, plate_sizes)
-    plates = term.plates | {d for d in mean.dims if d in plate_sizes}
-    local = data_plate is not None and data_plate in plates
-    keep = {data_plate} if local else set()
-    axes = [i for i, d in enumerate(mean.dims) if d not in keep]
-    tensor = mean.tensor.sum(axes) if axes else mean.tensor
-    for plate in plates - keep:
-        if plate not in mean.dims:
-            tensor = tensor * plate_sizes[plate]
-    if not local:
-        return Bound(bound.per_datum, bound.constant + sign * tensor)
-    assert data_plate is not None
-    tensor = sign * tensor.expand(plate_sizes[data_plate])
-    return Bound(tensor if bound.per_datum is None else bound.per_datum + tensor, bound.constant)
-
-
 def _scaled(factor: Factor) -> Term:
-    return Term(
-        times(Named(factor.log_prob, factor.dims), scale_of(factor)), factor.plates, UNIT, message=True
-    )
+    scaled = times(Named(factor.log_prob, factor.dims), scale_of(factor))
+    return Term(scaled, factor.plates, UNIT, message=True, site=factor.site.removesuffix(MOVES))

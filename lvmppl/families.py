@@ -46,6 +46,33 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     return result
 
 
+def relaxed_density(fn: Any, value: Tensor) -> Tensor:
+    """log p of a Bernoulli or OneHotCategorical, extended linearly to relaxed states: Σ_k y_k log p_k.
+
+    It is log p itself at a state. 0 · (−∞) = 0.
+    """
+    if isinstance(fn, dist.MaskedDistribution):
+        base = relaxed_density(fn.base_dist, value)
+        return torch.where(torch.as_tensor(fn._mask), base, torch.zeros((), dtype=base.dtype))
+    if isinstance(fn, dist.Independent):
+        base = relaxed_density(fn.base_dist, value)
+        return (
+            base.sum(tuple(range(-fn.reinterpreted_batch_ndims, 0))) if fn.reinterpreted_batch_ndims else base
+        )
+    if isinstance(fn, torch.distributions.OneHotCategorical):
+        weights, table = value, log_table(fn._categorical)
+    elif isinstance(fn, torch.distributions.Bernoulli):
+        weights = torch.stack([1 - value, value], -1)
+        states = torch.tensor([0.0, 1.0], dtype=value.dtype, device=value.device)
+        table = torch.stack([_bernoulli(fn, state) for state in states], -1)
+    else:
+        result: Tensor = fn.log_prob(value)
+        return result
+    possible = torch.isfinite(table)
+    total = (weights * torch.where(possible, table, 0.0)).sum(-1)
+    return torch.where(((weights > 0) & ~possible).any(-1), -torch.inf, total)
+
+
 def is_zero_safe_discrete(fn: Any) -> bool:
     """Whether `log_density` gives −∞ (and no clamp) for values of probability zero under `fn`."""
     while isinstance(fn, dist.Independent | dist.MaskedDistribution):

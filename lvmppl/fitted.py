@@ -79,6 +79,7 @@ class Fit:
     )  # of θ, on request; NaN: there is none
     guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
+    estimators: str = ""  # of a fit with a guide: how the gradient of λ came about, site by site
 
     @property
     def history(self) -> pd.DataFrame:

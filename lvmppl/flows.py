@@ -47,7 +47,8 @@ class FlowDistribution(dist.TorchDistribution):
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         value, log_prob = self.flow.rsample_and_log_prob(torch.Size(sample_shape))
-        self._draw = value, log_prob
+        # drawn without gradient (a score function's draw), its density would have none either
+        self._draw = (value, log_prob) if torch.is_grad_enabled() else None
         result: Tensor = value
         return result
 

@@ -9,9 +9,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from lvmppl.errors import InputError
 
@@ -97,12 +106,119 @@ class IterativeOptions(Options):
         return 1.0 if self.optimizer == "lbfgs" else 0.01
 
 
+class Schedule(Frozen):
+    """A number that moves from `start` to `end` over the first `steps` steps of a fit (None: all of them), then stays."""
+
+    start: Annotated[float, Field(ge=0)]
+    end: Annotated[float, Field(ge=0)]
+    steps: Count | None = None
+
+    def progress(self, step: int, max_steps: int) -> float:
+        """The share of the way that is done at a step, 0 … 1."""
+        return min(1.0, step / (self.steps or max_steps))
+
+
+class Temperature(Schedule):
+    """A temperature that falls geometrically: start^(1 − t) · end^t at the share t of its steps."""
+
+    start: Positive = 1.0
+    end: Positive = 0.1
+
+    def at(self, step: int, max_steps: int) -> float:
+        share = self.progress(step, max_steps)
+        return float(self.start ** (1 - share) * self.end**share)
+
+
+class Annealing(Schedule):
+    """The weight β of the KL terms, linear from start to end."""
+
+    start: Annotated[float, Field(ge=0)] = 0.0
+    end: Annotated[float, Field(ge=0)] = 1.0
+
+    def at(self, step: int, max_steps: int) -> float:
+        return self.start + (self.end - self.start) * self.progress(step, max_steps)
+
+
+EstimatorName = Literal[
+    "auto", "enumeration", "pathwise", "score_function", "gumbel_softmax", "straight_through"
+]
+
+
+class SiteEstimator(Frozen):
+    """How the gradient of a site's λ is estimated.
+
+    baseline: of `score_function`, what is taken off the learning signal: the `leave_one_out` mean of the other particles,
+    the `running_mean` of earlier steps, `learned` from the datum by a small network, or `none`; `auto` is leave_one_out
+    with several particles, else running_mean. temperature: of `gumbel_softmax` and `straight_through`.
+    """
+
+    use: EstimatorName = "auto"
+    baseline: Literal["auto", "none", "running_mean", "leave_one_out", "learned"] = "auto"
+    temperature: Temperature = Temperature()
+
+    @model_validator(mode="after")
+    def _settings_belong(self) -> SiteEstimator:
+        if self.baseline != "auto" and self.use != "score_function":
+            raise ValueError(f"a baseline only with score_function, not with {self.use}")
+        relaxed = self.use in ("gumbel_softmax", "straight_through")
+        if self.temperature != Temperature() and not relaxed:
+            raise ValueError(
+                f"a temperature only with gumbel_softmax or straight_through, not with {self.use}"
+            )
+        return self
+
+
+class Objective(Frozen):
+    """What a fit climbs: the ELBO, or the importance-weighted bound of K draws (Burda et al. 2016).
+
+    num_samples: K, 5 when None.
+    """
+
+    use: Literal["elbo", "importance_weighted"]
+    num_samples: Count | None = None
+
+    @model_validator(mode="after")
+    def _settings_belong(self) -> Objective:
+        if self.num_samples is not None and self.use == "elbo":
+            raise ValueError("num_samples only with importance_weighted (num_particles are the ELBO's draws)")
+        return self
+
+
+def _spelling(value: object) -> str:
+    """Which spelling of an option a value is: a name, one thing with settings, or by site."""
+    if not isinstance(value, dict):
+        return "(name)" if not isinstance(value, BaseModel) else "(one)"
+    return "(one)" if "use" in value else "(sites)"
+
+
+EstimatorOption = Annotated[
+    Annotated[EstimatorName, Tag("(name)")] | Annotated[SiteEstimator, Tag("(one)")], Discriminator(_spelling)
+]
+EstimatorOptions = Annotated[
+    Annotated[EstimatorName, Tag("(name)")]
+    | Annotated[SiteEstimator, Tag("(one)")]
+    | Annotated[dict[Name, EstimatorOption], Tag("(sites)")],
+    Discriminator(_spelling),
+]
+ObjectiveOption = Annotated[
+    Annotated[Literal["elbo", "importance_weighted"], Tag("(name)")] | Annotated[Objective, Tag("(one)")],
+    Discriminator(lambda value: "(one)" if isinstance(value, dict | BaseModel) else "(name)"),
+]
+Weight = Annotated[
+    Annotated[float, Field(ge=0), Tag("(name)")] | Annotated[Annealing, Tag("(one)")],
+    Discriminator(lambda value: "(one)" if isinstance(value, dict | BaseModel) else "(name)"),
+]
+
+
 class VariationalOptions(IterativeOptions):
     """What the algorithms with a guide take.
 
     optimizer: one of torch.optim. schedule: of the learning rate over `max_steps`; `linear` ends at zero. None is the
     optimizer's own: constant for L-BFGS, else linear.
-    batch_size: rows a step, None for all. num_particles: draws a step. estimator: `auto` chooses by site.
+    batch_size: rows a step, None for all. num_particles: draws a step. estimator: of the gradient of λ, one for all sites
+    or by site; `auto` chooses by site. objective: the bound that is climbed.
+    kl_weight: β of the KL terms in the gradient, free_bits: nats of KL a site and datum (on average over a batch) below
+    which a site's KL has no gradient; neither changes what is reported, the bound at β = 1.
     patience: windows without a new best after which a fit stops. validation_fraction: share of the rows that no step
     sees and whose ELBO `patience` then watches.
     """
@@ -112,10 +228,26 @@ class VariationalOptions(IterativeOptions):
     schedule: Literal["linear", "constant", "cosine", "exponential"] | None = None
     batch_size: Count | None = None
     num_particles: Count = 1
-    estimator: Literal["auto"] = "auto"
-    objective: Literal["elbo"] = "elbo"
+    estimator: EstimatorOptions = "auto"
+    objective: ObjectiveOption = "elbo"
+    kl_weight: Weight = 1.0
+    free_bits: Annotated[float, Field(ge=0)] = 0.0
     patience: Count | None = None
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def num_samples(self) -> int | None:
+        """K of the importance-weighted bound, None of the ELBO."""
+        chosen = self.objective
+        chosen = Objective(use=chosen) if isinstance(chosen, str) else chosen
+        return (chosen.num_samples or 5) if chosen.use == "importance_weighted" else None
+
+    def site_estimator(self, site: str) -> SiteEstimator:
+        """What was asked for a site."""
+        chosen = self.estimator
+        if isinstance(chosen, dict):
+            chosen = chosen.get(site, "auto")
+        return SiteEstimator(use=chosen) if isinstance(chosen, str) else chosen
 
     @property
     def rate_schedule(self) -> str:
@@ -332,11 +464,28 @@ def _known_fields(kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
 
 def _model_at(kind: type[BaseModel], loc: Loc) -> type[BaseModel]:
     """The model that stands at a path inside another one."""
+    node: Any = kind
     for part in loc:
-        annotation = kind.model_fields[str(part)].annotation
-        branches = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
-        kind = next((b for b in branches if isinstance(b, type) and issubclass(b, BaseModel)), kind)
+        node = next((n for b in _branches(node) for n in _inside(b, part)), node)
+        kind = next((b for b in _branches(node) if isinstance(b, type) and issubclass(b, BaseModel)), kind)
     return kind
+
+
+def _branches(annotation: Any) -> list[Any]:
+    """What a type may be: the members of a union, without the notes of Annotated."""
+    if get_origin(annotation) is Annotated:
+        return _branches(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [b for part in get_args(annotation) for b in _branches(part)]
+    return [annotation]
+
+
+def _inside(branch: Any, part: object) -> list[Any]:
+    """The type of one entry of a model or mapping."""
+    if get_origin(branch) is dict:
+        return [get_args(branch)[1]]
+    fields = branch.model_fields if isinstance(branch, type) and issubclass(branch, BaseModel) else {}
+    return [fields[str(part)].annotation] if str(part) in fields else []
 
 
 def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lvmppl import catalogue, data, tables
 from lvmppl.algorithms import INFER
+from lvmppl.algorithms.choices import choose
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.heldout import score_rows
 from lvmppl.algorithms.mcmc import add_reference, joined, require_continuous, with_draws
@@ -25,7 +26,7 @@ from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError, IntractableError
 from lvmppl.fitted import Fit
 from lvmppl.inference import bind_guide, bind_model, takes_model
-from lvmppl.options import MCMCOptions, Options
+from lvmppl.options import MCMCOptions, Options, VariationalOptions
 from lvmppl.running import writing
 from lvmppl.running.folder import publish, require_ours, staged
 from lvmppl.running.writing import patient
@@ -204,6 +205,7 @@ def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
     for title, rows in (("E-step", fit.e_step), ("M-step", fit.m_step)):
         steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in rows)
         text += f"; {title} {steps}" if steps else ""
+    text += f"; gradient {fit.estimators}" if fit.estimators else ""
     return fit.status != "diverged", text
 
 
@@ -345,6 +347,9 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
                 require_exact(problems[name], algorithm)
             if algorithm == "mcmc":
                 require_continuous(problems[name])
+            own = plan.options[name]
+            if isinstance(own, VariationalOptions):
+                choose(problems[name], own)
             batch = getattr(plan.options[name], "batch_size", None)
             if batch is not None and problems[name].data_plate is None:
                 raise InputError(

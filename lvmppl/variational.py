@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lvmppl.density import SiteInfo, Structure, describe
 from lvmppl.errors import InputError
+from lvmppl.estimators import valid_estimators
 from lvmppl.heads import HEADS, Head, Output, build_head, support_words
 from lvmppl.sources import SOURCES, Encoder, SourceSettings
 
@@ -243,17 +244,37 @@ def _key(site: str, output: Output) -> str:
     return f"{site}_{output.name}".replace(".", "_")
 
 
-def pairs() -> list[tuple[str, str, str]]:
-    """(head, source, how the gradient of λ comes about) of everything that goes together."""
-    return [(h, s, kind.gradient) for h, kind in HEADS.items() if kind.build is not None for s in SOURCES]
+def head_estimators(head: str) -> dict[str, frozenset[str]]:
+    """The estimators of a head, its default first, and the supports of the head that each serves."""
+    kind = HEADS[head]
+    if kind.build is None:
+        return {}
+    served: dict[str, set[str]] = {}
+    for support in sorted(kind.supports):
+        site = (
+            support if kind.gradient == "enumeration" else "point" if head == "point" else "reparameterised"
+        )
+        for estimator in valid_estimators(site):
+            served.setdefault(estimator, set()).add(support)
+    return {name: frozenset(supports) for name, supports in served.items()}
 
 
-def pairs_table() -> str:
-    """The table of pairs in Markdown: a row a head, a column a source."""
-    valid = {(head, source): gradient for head, source, gradient in pairs()}
-    titles = ["head", "q", "serves", *SOURCES]
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+def triples() -> list[tuple[str, str, str]]:
+    """(head, source, estimator) of everything that goes together, the default estimator of a head first."""
+    return [(h, s, e) for h in HEADS for s in SOURCES for e in head_estimators(h)]
+
+
+def triples_table() -> str:
+    """The table of heads, sources and estimators in Markdown: a row a head."""
+    valid = {(h, s) for h, s, _ in triples()}
+    lines = [f"| {' | '.join(['head', 'q', 'serves', 'estimators', *SOURCES])} |"]
+    lines.append("|" + "---|" * (4 + len(SOURCES)))
     for head, kind in HEADS.items():
-        cells = [valid.get((head, source), "no λ") for source in SOURCES]
-        lines.append(f"| {' | '.join([f'`{head}`', kind.text, support_words(kind.supports), *cells])} |")
+        estimators = []
+        for name, supports in head_estimators(head).items():
+            only = "" if supports == kind.supports else f" ({support_words(supports)})"
+            estimators.append(f"{name}{only}")
+        cells = ["yes" if (head, source) in valid else "no λ" for source in SOURCES]
+        first = [f"`{head}`", kind.text, support_words(kind.supports), ", ".join(estimators) or "none: no λ"]
+        lines.append(f"| {' | '.join([*first, *cells])} |")
     return "\n".join(lines) + "\n"

@@ -39,7 +39,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     "data": ("lvmppl.data lvmppl.data.*", "errors options catalogue data", "pyro yaml"),
     "algorithms": (
         "lvmppl.algorithms lvmppl.algorithms.*",
-        "errors options density families exponential exact results algorithms",
+        "errors options estimators density families exponential exact results algorithms",
         "yaml",
     ),
     "exponential": ("lvmppl.exponential", "errors density families distributions exact", "yaml pandas"),
@@ -63,10 +63,11 @@ PARTS: dict[str, tuple[str, str, str]] = {
     # Heads, sources and what joins them to a guide: shared by the guide files, which hold a few lines each.
     "variational": (
         "lvmppl.heads lvmppl.flows lvmppl.sources lvmppl.variational",
-        "errors density distributions families variational",
+        "errors estimators density distributions families variational",
         "yaml pandas",
     ),
     "options": ("lvmppl.options", "errors", HEAVY + " yaml"),
+    "estimators": ("lvmppl.estimators", "errors", HEAVY + " yaml pydantic"),
     "errors": ("lvmppl.errors", "", HEAVY + " yaml pydantic"),
     "models": ("lvmppl.models", "", HEAVY),
     "guides": ("lvmppl.guides", "", HEAVY),

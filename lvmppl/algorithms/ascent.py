@@ -30,6 +30,7 @@ class Trajectory:
     status: str = "max_steps"
     message: str = ""
     started: float = field(default_factory=time.perf_counter)
+    estimators: Callable[[], str] = str  # what there is to say of the gradient's estimators
 
     @property
     def steps(self) -> int:

@@ -86,6 +86,10 @@ def closed_phases(problem: Problem, options: VEMOptions) -> ClosedPhases:
         refusal = "minibatches"
     elif options.validation_fraction:
         refusal = "rows are held out"
+    elif options.estimator != "auto" or options.num_samples is not None:
+        refusal = "an estimator or another bound is asked for"
+    elif options.kl_weight != 1.0 or options.free_bits:
+        refusal = "the KL is weighted"
     e = plan_e_step(problem, refusal or ("e_step: gradient" if options.e_step == "gradient" else ""))
     drawn = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
     if drawn and not refusal:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.conjugate import Member, member_of
-from lvmppl.density import Evaluation, Factor, Joint, Rows, SiteView, Values, with_scales
+from lvmppl.density import Drawing, Evaluation, Factor, Joint, Rows, SiteView, Values, with_scales
 from lvmppl.exact.named import Named, align
 
 MAX_POINTS = 256  # points at which a model is run for one expectation
@@ -77,7 +77,9 @@ class IntegratedJoint(Joint):
         super().__init__(base.model, base.structure, base.guide, base.guide_structure)
         self.design = design
 
-    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+    def evaluate(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
         own = self.evaluate_guide(data, values, rows)
         expected = self.expected_factors(data, values, rows)
         return replace(
@@ -88,8 +90,10 @@ class IntegratedJoint(Joint):
             plate_sizes={**own.plate_sizes, **expected.plate_sizes},
         )
 
-    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
-        """log q of the enumerated sites; of a continuous one E_q log q, minus its entropy."""
+    def evaluate_guide(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
+        """log q of the enumerated sites; of a continuous one E_q log q, minus its entropy. Nothing is drawn."""
         views, evaluation = self.view_guide(data, values, rows)
         members = self.design.members(views)
         factors: list[Factor] = []

@@ -16,22 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvmppl.density import Evaluation, Joint, Rows, Values, num_rows
+from lvmppl.density import Drawing, Evaluation, Joint, Rows, Values, num_rows
 from lvmppl.elbo import elbo
 
 
 class RefinedJoint(Joint):
     """A model and a guide with `refine_steps`: λ is refined before each evaluation."""
 
-    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+    def evaluate(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
         rows = rows or Rows(num_rows(data))
         with self._refined(data, values, rows):
-            return super().evaluate(data, values, rows)
+            return super().evaluate(data, values, rows, drawing)
 
-    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+    def evaluate_guide(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
         rows = rows or Rows(num_rows(data))
         with self._refined(data, values, rows):
-            return super().evaluate_guide(data, values, rows)
+            return super().evaluate_guide(data, values, rows, drawing)
 
     @contextmanager
     def _refined(self, data: Values, values: Values, rows: Rows) -> Iterator[None]:

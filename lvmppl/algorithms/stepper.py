@@ -20,9 +20,8 @@ from lvmppl.algorithms.integrated import IntegratedJoint
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite
 from lvmppl.algorithms.tables import Average, RowOptimizer
-from lvmppl.density import Coordinates, Joint, derive_seed, mixed
+from lvmppl.density import Coordinates, Joint, Values, derive_seed, mixed
 from lvmppl.elbo import elbo
-from lvmppl.errors import ModelError
 
 
 class Batches:
@@ -222,33 +221,25 @@ def _copy(to: list[Tensor], values: list[Tensor]) -> None:
 
 
 def batch_elbo(
-    problem: Problem, joint: Joint, values: Mapping[str, Tensor], indices: Tensor | None, particles: int = 1
+    problem: Problem, joint: Joint, values: Values, indices: Tensor | None, particles: int = 1
 ) -> Tensor:
-    """The ELBO of a batch, scaled to all rows: an unbiased estimate of the full ELBO (exact where nothing is sampled)."""
+    """The ELBO of a batch, scaled to all rows: an unbiased estimate of the full ELBO (exact where nothing is sampled).
+
+    Its gradient is that of the draws' paths, so that it has none of sites without a reparameterised draw: see `Objective`.
+    """
     data, rows = problem.rows(indices)
-    total: Tensor | None = None
-    drawn = False
+    found: list[Tensor] = []
     for _ in range(particles):
         evaluation = joint.evaluate(data, values, rows)
-        if evaluation.score_factors:
-            sites = ", ".join(f.site for f in evaluation.score_factors)
-            raise ModelError(
-                f"guide site {sites}",
-                "a finite support (summed exactly) or a reparameterised family",
-                "a family with neither",
-                "use a reparameterised family such as LogNormal, Gamma or Normal",
-            )
-        part = elbo(evaluation, problem.data_plate).total
-        total = part if total is None else total + part
-        drawn = bool(evaluation.samples)
-        if not drawn:
-            return total
-    assert total is not None
-    return total / particles
+        assert not (evaluation.score_factors and torch.is_grad_enabled()), "a score is needed"
+        found.append(elbo(evaluation, problem.data_plate).total)
+        if not evaluation.samples:
+            return found[0]
+    return torch.stack(found).mean()
 
 
 def draws(problem: Problem) -> bool:
-    """Whether the guide has sites that are drawn, so that its ELBO is an estimate."""
+    """Whether the guide has sites that are drawn, so that its ELBO with the others summed is an estimate."""
     assert problem.guided is not None and problem.guided.guide_structure is not None
     return not isinstance(problem.guided, IntegratedJoint) and any(
         s.kind == "latent" and s.family != "Delta" for s in problem.guided.guide_structure.sites.values()
@@ -265,4 +256,4 @@ class StepSeeds:
         torch.default_generator.manual_seed(mixed(self.base + step))
 
 
-__all__: list[Any] = ["Batches", "StepSeeds", "Stepper", "batch_elbo", "draws"]
+__all__ = ["Batches", "StepSeeds", "Stepper", "batch_elbo", "draws"]

@@ -8,18 +8,20 @@ objective or gradient is not finite is undone and tried again at half the rate (
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
 from lvmppl.algorithms.early import Watch, check_line_search
+from lvmppl.algorithms.objective import Objective
 from lvmppl.algorithms.outcome import finish
-from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.row_check import check_row_indices
 from lvmppl.algorithms.start import start_values
-from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
+from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds
+from lvmppl.algorithms.surrogate import Estimate
 from lvmppl.density import unvalidated
 from lvmppl.errors import ModelError
 from lvmppl.fitted import Fit
@@ -33,7 +35,8 @@ def infer(problem: Problem, options: SVIOptions) -> Fit:
         done = run_restarts(
             problem, options.restarts, options.max_steps, lambda r: ascend(problem, options, r)
         )
-    return finish(problem, options, done, best_of(done))
+    best = best_of(done)
+    return replace(finish(problem, options, done, best), estimators=best.estimators())
 
 
 def ascend(problem: Problem, options: SVIOptions, restart: int = 0) -> Trajectory:
@@ -47,14 +50,13 @@ class _Ascent:
     def __init__(self, problem: Problem, options: SVIOptions, restart: int) -> None:
         assert problem.guided is not None
         self.problem, self.options, self.joint = problem, options, problem.guided
-        self.trajectory, self.seeds = (
-            Trajectory(restart, objective_kind(problem)),
-            StepSeeds(problem, restart),
-        )
+        self.objective = Objective(problem, options)
+        self.trajectory = Trajectory(restart, self.objective.kind, estimators=self.objective.report)
+        self.seeds = StepSeeds(problem, restart)
         self.watch = Watch(problem, options)
         self.batches = Batches(problem, options.batch_size, restart, self.watch.training)
         small = self.batches.size is not None
-        self.noisy = small or draws(problem)
+        self.noisy = small or self.objective.drawn
         check_line_search(problem, options, self.noisy)
         self.start = start_values(problem, options.init, restart, options.restarts)
         if self.batches.size is not None:
@@ -85,38 +87,40 @@ class _Ascent:
 
     def _step(self, step: int, indices: Tensor | None) -> bool:
         values, rows = self.stepper.values(indices)
-        value = self._objective(values, indices)
-        objective = float(value.detach())
+        estimate = self.objective(values, indices, step)
+        objective = float(estimate.bound)
         if not math.isfinite(objective):
             raise NotFinite("ELBO")
         self.recovery.fine()
-        self._record(step, objective)
+        self._record(step, objective, estimate)
         self.stepper.average.after_step(self.stepper.leaves)
         trajectory = self.trajectory
         if not self.noisy and (objective > trajectory.objective or not trajectory.values):
             trajectory.objective, trajectory.values = objective, self.stepper.full_values()
-        if self.watch.met(step, objective, self.noisy, self.stepper):
+        met = self.watch.met(step, objective, self.noisy, self.stepper)
+        if met and self.objective.settled(step):
             trajectory.status = "converged"
             return True
         if step == self.options.max_steps:
             return True
         factor = rate_factor(self.options.rate_schedule, step / self.options.max_steps)
         self.stepper.save()
-        again = (
-            (lambda: self._objective(self.stepper.values(indices)[0], indices)) if not self.noisy else None
-        )
+
+        def again() -> Tensor:
+            return self.objective(self.stepper.values(indices)[0], indices, step).surrogate
+
         try:
-            self.stepper.update(value, rows, indices, factor, again)
+            self.stepper.update(estimate.surrogate, rows, indices, factor, None if self.noisy else again)
         except NotFinite:
             self.stepper.unsave()  # this state is the bad one: go back to the one before
             raise
         return False
 
-    def _objective(self, values: dict[str, Tensor], indices: Tensor | None) -> Tensor:
-        return batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
-
-    def _record(self, step: int, objective: float) -> None:
-        self.trajectory.record(step, objective, learning_rate=self.stepper.rate)
+    def _record(self, step: int, objective: float, estimate: Estimate | None = None) -> None:
+        extra = self.objective.logged(step)
+        if estimate is not None and estimate.climbed is not None:
+            extra["climbed"] = float(estimate.climbed)
+        self.trajectory.record(step, objective, learning_rate=self.stepper.rate, **extra)
         self.problem.progress.update(step, objective)
 
     def _failed(self, step: int, error: NotFinite | ModelError, indices: Tensor | None) -> bool:

@@ -18,14 +18,15 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import TAIL, Trajectory, best_of, rate_factor, run_restarts
 from lvmppl.algorithms.closed_phases import ClosedPhases, closed_phases
 from lvmppl.algorithms.early import Watch, check_line_search
+from lvmppl.algorithms.objective import Objective
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.plan import working_dtype
-from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recovery import NotFinite, Recovery, first_bad_site
 from lvmppl.algorithms.row_check import check_row_indices
 from lvmppl.algorithms.start import start_values
-from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds, batch_elbo, draws
+from lvmppl.algorithms.stepper import Batches, Stepper, StepSeeds
+from lvmppl.algorithms.surrogate import Estimate
 from lvmppl.density import unvalidated, with_scales
 from lvmppl.elbo import elbo, model_terms
 from lvmppl.errors import ModelError
@@ -48,8 +49,9 @@ def infer(problem: Problem, options: VEMOptions) -> Fit:
 
         done = run_restarts(problem, options.restarts, options.max_steps, restart)
     closed = known[0]
-    fit = finish(closed.problem, options, done, best_of(done))
-    return replace(fit, e_step=closed.e.steps, m_step=closed.m.steps)
+    best = best_of(done)
+    fit = finish(closed.problem, options, done, best)
+    return replace(fit, e_step=closed.e.steps, m_step=closed.m.steps, estimators=best.estimators())
 
 
 class _Alternation:
@@ -71,10 +73,10 @@ class _Alternation:
         self.small = small = self.batches.size is not None
         if self.batches.size is not None:
             check_row_indices(problem, self.batches.size, start)
-        self.noisy = small or draws(problem)
-        structure = problem.guided.guide_structure
-        assert structure is not None
-        self.enumerated = not self.noisy and all(s.kind == "enumerated" for s in structure.sites.values())
+        self.bound = Objective(problem, options)
+        self.noisy = small or self.bound.drawn
+        enumerated = all(c.estimator == "enumeration" for c in self.bound.choices)
+        self.enumerated = not self.noisy and self.bound.exact and enumerated
         check_line_search(problem, options, self.noisy)
         self.message = ""
         self._make_steppers(start)
@@ -126,12 +128,11 @@ class _Alternation:
         moved = self.m_step.full_values()
         self.e_step.fixed.update({n: moved[n] for n in self.problem.theta})
 
-    def objective(self) -> float:
+    def objective(self, step: int) -> Estimate:
         with torch.no_grad():
             indices = self.batches.next()
             values = self.m_step.values(indices)[0]  # where the other stepper stands, as `share` left it
-            value = self._elbo(values, indices)
-        return float(value)
+            return self.bound(values, indices, step)
 
     def run(self, step: int, factor: float) -> None:
         """One E phase and one M phase."""
@@ -197,18 +198,18 @@ class _Alternation:
             self.seeds.use((2 * step + phase) * 1_000_000 + i)
             indices = self.batches.next()
             values, rows = stepper.values(indices)
-            value = self._elbo(values, indices)
-            again = None if self.noisy else lambda at=indices: self._elbo(stepper.values(at)[0], at)
-            stepper.update(value, rows, indices, factor, again)
+            value = self.bound(values, indices, step).surrogate
 
-    def _elbo(self, values: dict[str, Tensor], indices: Tensor | None) -> Tensor:
-        return batch_elbo(self.problem, self.joint, values, indices, self.options.num_particles)
+            def again(at: Tensor | None = indices) -> Tensor:
+                return self.bound(stepper.values(at)[0], at, step).surrogate
+
+            stepper.update(value, rows, indices, factor, None if self.noisy else again)
 
 
 def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple[Trajectory, ClosedPhases]:
     """One restart: E and M phases in turn until the stopping rule is met; and the closed forms that held to its end."""
-    trajectory, recovery = Trajectory(restart, objective_kind(closed.problem)), Recovery()
-    state = _Alternation(closed, options, restart)
+    state, recovery = _Alternation(closed, options, restart), Recovery()
+    trajectory = Trajectory(restart, state.bound.kind, estimators=state.bound.report)
     tail = int((1 - TAIL) * options.max_steps)
     for step in range(options.max_steps + 1):
         state.seeds.use((2 * step) * 1_000_000 + 999_999)
@@ -236,18 +237,24 @@ def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple
 
 def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step: int) -> bool:
     """Look at the objective, then one E and one M phase; True when the fit is over."""
-    objective = state.objective()
+    estimate = state.objective(step)
+    objective = float(estimate.bound)
     if not math.isfinite(objective):
         raise NotFinite("ELBO")
     recovery.fine()
     if trajectory.values and not state.holds(objective, trajectory.objective):
-        objective = state.objective()
-    trajectory.record(step, objective, learning_rate=state.m_step.rate)
+        estimate = state.objective(step)
+        objective = float(estimate.bound)
+    extra = state.bound.logged(step)
+    if estimate.climbed is not None:
+        extra["climbed"] = float(estimate.climbed)
+    trajectory.record(step, objective, learning_rate=state.m_step.rate, **extra)
     state.problem.progress.update(step, objective)
     state.count_iterate()
     if not state.noisy and (objective > trajectory.objective or not trajectory.values):
         trajectory.objective, trajectory.values = objective, state.values()
-    if state.watch.met(step, objective, state.noisy, state):
+    met = state.watch.met(step, objective, state.noisy, state)
+    if met and state.bound.settled(step):
         trajectory.status = "converged"
         return True
     if step == state.options.max_steps:

@@ -23,7 +23,9 @@ from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
 from lvmppl.density.joint import HeldJoint, Joint
 from lvmppl.density.programs import Program, function_name
 from lvmppl.density.structure import (
+    PARTICLES,
     POINTS,
+    Drawing,
     Evaluation,
     Factor,
     ParameterSpec,
@@ -39,9 +41,11 @@ from lvmppl.density.structure import (
 
 __all__ = [
     "MAX_TABLE",
+    "PARTICLES",
     "POINTS",
     "CheckValues",
     "Coordinates",
+    "Drawing",
     "EnumeratedChain",
     "Evaluation",
     "Factor",

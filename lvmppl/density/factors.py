@@ -12,12 +12,15 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from lvmppl.bilinear import log_density
 from lvmppl.density.discovery import family_name, is_sample
 from lvmppl.density.enumeration import check_table
 from lvmppl.density.handlers import EnumeratedChain
 from lvmppl.density.structure import (
+    PARTICLES,
+    Drawing,
     Evaluation,
     Factor,
     Rows,
@@ -29,6 +32,7 @@ from lvmppl.density.structure import (
 )
 from lvmppl.distributions import GaussianChain
 from lvmppl.errors import InputError, ModelError
+from lvmppl.families import relaxed_density
 
 
 def build_evaluation(
@@ -38,8 +42,9 @@ def build_evaluation(
     structure: Structure,
     names: dict[int, str],
     extra_axes: Mapping[int, str] | None = None,
+    drawing: Drawing | None = None,
 ) -> Evaluation:
-    extra = extra_axes or {}
+    extra, drawing = extra_axes or {}, drawing or Drawing()
     variables: dict[str, Variable] = {}
     sizes: dict[str, int] = {}
     guide_factors: list[Factor] = []
@@ -58,23 +63,34 @@ def build_evaluation(
         for name, site in guide_trace.nodes.items():
             if not is_sample(site) or site["is_observed"]:
                 continue
+            relaxed = name in drawing.temperatures
+            site = {**site, "relaxed": True} if relaxed else site
+            if name in drawing.analytic:
+                samples[name], sample_axes[name] = site["value"], _axis_names(site, names, extra)
+                continue
             own = _factors(name, site, rows, plate, names, extra, variables)
             guide_factors.extend(own)
             if name not in variables:
                 samples[name] = site["value"]
                 sample_axes[name] = _axis_names(site, names, extra)
-                if not site["fn"].has_rsample and not _is_delta(site["fn"]):
+                if name in drawing.scores or not (site["fn"].has_rsample or _is_delta(site["fn"]) or relaxed):
                     score_factors.extend(own)
+    if drawing.particles > 1:
+        sizes[PARTICLES] = drawing.particles
     model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if is_sample(s)}
     for name, site in model_sites.items():
         _register(name, site, variables, sizes, names)
-    factors = tuple(
-        f for n, s in model_sites.items() for f in _factors(n, s, rows, plate, names, extra, variables)
-    )
+    factors: list[Factor] = []
+    for name, site in model_sites.items():
+        if name in drawing.analytic and guide_trace is not None:
+            site = {**site, "kl": -kl_divergence(guide_trace.nodes[name]["fn"], site["fn"])}
+        if name in drawing.temperatures:
+            site = {**site, "relaxed": True}
+        factors.extend(_factors(name, site, rows, plate, names, extra, variables))
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     return Evaluation(
-        factors,
+        tuple(factors),
         tuple(with_scales(guide_factors, factors)),
         variables,
         frozenset(guide_variables),
@@ -184,8 +200,14 @@ def _site_density(
         )
         if any(variables[d].steps for d in dims if d in variables):
             return tensor, dims
-    log_prob = _masked(log_density(site["fn"], site["value"]), site)
-    return _name_axes(log_prob, axis_names, name)
+    return _name_axes(_masked(_own_density(site), site), axis_names, name)
+
+
+def _own_density(site: Any) -> Tensor:
+    """log p(value); −KL[q ‖ p] where the site has it in closed form, and extended linearly at a relaxed state."""
+    if "kl" in site:
+        return site["kl"]  # type: ignore[no-any-return]
+    return (relaxed_density if "relaxed" in site else log_density)(site["fn"], site["value"])
 
 
 def _check_size(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from lvmppl.density.structure import ParameterSpec, Rows, Values
+from lvmppl.density.structure import Drawing, ParameterSpec, Rows, Values
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import ModelError
 
@@ -99,9 +99,16 @@ def _check_start(name: str, constraint: Constraint, start: Tensor) -> None:
 
 
 class EnumerateFinite(Messenger):
-    """Marks the guide's finite discrete sites for exact enumeration unless the user said otherwise."""
+    """Marks the guide's finite discrete sites for exact enumeration unless the user, or the drawing, said otherwise."""
+
+    def __init__(self, drawing: Drawing | None = None) -> None:
+        super().__init__()
+        self.drawing = drawing or Drawing()
 
     def _pyro_sample(self, msg: Any) -> None:
+        if not self.drawing.sums(msg["name"]) and not site_is_subsample(msg):
+            msg["infer"] = {k: v for k, v in msg["infer"].items() if k != "enumerate"}
+            return
         if msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("enumerate") is not None:
             return
         if getattr(msg["fn"], "has_enumerate_support", False) and not msg["infer"].get("is_auxiliary"):
@@ -118,6 +125,69 @@ class LeaveToGuide(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and msg["name"] in self.sites:
             msg["infer"].pop("enumerate", None)
+
+
+class Draw(Messenger):
+    """Draws the guide's sites that are not summed, as a `Drawing` says; dim is the axis of the particles.
+
+    It must stand outside of enumeration, which notes the enumerated axes of a draw.
+    """
+
+    def __init__(self, drawing: Drawing, dim: int) -> None:
+        super().__init__()
+        self.drawing, self.dim = drawing, dim
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
+            return
+        if not isinstance(msg["fn"], dist.TorchDistribution | torch.distributions.Distribution):
+            return
+        name, drawing = msg["name"], self.drawing
+        if name in drawing.held:
+            msg["value"], msg["done"] = drawing.held[name], True
+            return
+        relaxed = name in drawing.temperatures
+        if drawing.particles == 1 and not relaxed and name not in drawing.scores:
+            return
+        fn, shape = self._widened(msg["fn"])
+        if relaxed:
+            value = relaxed_draw(fn, shape, drawing.temperatures[name], name in drawing.hard)
+        elif name in drawing.scores or not fn.has_rsample:
+            with torch.no_grad():
+                value = fn.sample(shape)
+        else:
+            value = fn.rsample(shape)
+        msg["value"], msg["done"] = value, True
+
+    def _widened(self, fn: Any) -> tuple[Any, torch.Size]:
+        """(distribution, sample shape) whose draws have J at the axis of the particles."""
+        particles, batch = self.drawing.particles, fn.batch_shape
+        if particles == 1:
+            return fn, torch.Size()
+        if len(batch) < -self.dim:
+            return fn, torch.Size([particles] + [1] * (-self.dim - 1 - len(batch)))
+        target = torch.broadcast_shapes(batch, (particles,) + (1,) * (-self.dim - 1))
+        return (fn if target == batch else fn.expand(target)), torch.Size()
+
+
+def relaxed_draw(fn: Any, shape: torch.Size, temperature: float, hard: bool) -> Tensor:
+    """A draw of the concrete distribution (Jang et al. 2017, Maddison et al. 2017) at a temperature.
+
+    hard: the nearest state, with the gradient of the relaxed draw (straight-through); it is a draw of `fn` itself.
+    """
+    while isinstance(fn, dist.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    if isinstance(fn, torch.distributions.Bernoulli):
+        noise = torch.rand(shape + fn.batch_shape, dtype=fn.logits.dtype, device=fn.logits.device)
+        noise = noise.clamp(torch.finfo(noise.dtype).tiny, 1 - torch.finfo(noise.dtype).eps)
+        soft = torch.sigmoid((fn.logits + noise.log() - torch.log1p(-noise)) / temperature)
+        state = (soft > 0.5).to(soft.dtype)
+    else:
+        logits = fn.logits.expand(shape + fn.batch_shape + fn.event_shape)
+        gumbel = -torch.empty_like(logits, memory_format=torch.contiguous_format).exponential_().log()
+        soft = torch.softmax((logits + gumbel) / temperature, -1)
+        state = torch.nn.functional.one_hot(soft.argmax(-1), soft.shape[-1]).to(soft.dtype)
+    return state + soft - soft.detach() if hard else soft
 
 
 class Hold(Messenger):

@@ -12,9 +12,19 @@ from pyro import poutine
 from lvmppl.density.discovery import check_plates, num_rows
 from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.factors import build_evaluation, build_views
-from lvmppl.density.handlers import EnumerateChains, EnumerateFinite, Hold, LeaveToGuide, Parameters
+from lvmppl.density.handlers import Draw, EnumerateChains, EnumerateFinite, Hold, LeaveToGuide, Parameters
 from lvmppl.density.programs import Program, swapped_modules
-from lvmppl.density.structure import POINTS, Evaluation, ParameterSpec, Rows, SiteView, Structure, Values
+from lvmppl.density.structure import (
+    PARTICLES,
+    POINTS,
+    Drawing,
+    Evaluation,
+    ParameterSpec,
+    Rows,
+    SiteView,
+    Structure,
+    Values,
+)
 from lvmppl.errors import ModelError
 
 
@@ -53,9 +63,19 @@ class Joint:
         with EnumerateChains(), replay, poutine.enum(), EnumerateChains(), left:
             yield
 
-    def evaluate(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+    @contextmanager
+    def _drawing(self, drawing: Drawing) -> Iterator[None]:
+        """How a guide runs: its finite sites summed, the others drawn, particles on the axis left of all plates."""
+        left = self.first_available_dim - (drawing.particles > 1)
+        draw, enumeration = Draw(drawing, self.first_available_dim), Enumeration(first_available_dim=left)
+        with draw, enumeration, EnumerateChains(), EnumerateFinite(drawing):
+            yield
+
+    def evaluate(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
         """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
-        rows = rows or Rows(num_rows(data))
+        rows, drawing = rows or Rows(num_rows(data)), drawing or Drawing()
         parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
         names: dict[int, str] = {}
         with parameters, swapped_modules(values):
@@ -64,7 +84,7 @@ class Joint:
                     self.model(data, values)
                 check_plates("model", model_trace.trace, rows.size, self.structure.data_plate)
                 return build_evaluation(model_trace.trace, None, rows, self.structure, names, self.extra)
-            with poutine.trace() as guide_trace, self._enumeration(), EnumerateFinite():
+            with poutine.trace() as guide_trace, self._drawing(drawing):
                 self.guide(data, values)
             sizes = check_plates("guide", guide_trace.trace, rows.size, self.structure.data_plate)
             with poutine.trace() as model_trace, self._replayed(guide_trace.trace):
@@ -74,7 +94,13 @@ class Joint:
             raise ModelError(
                 f"plate '{plate}'", f"the model's size in the guide, {found[plate]}", f"{sizes[plate]}"
             )
-        return build_evaluation(model_trace.trace, guide_trace.trace, rows, self.structure, names)
+        extra = self._extra(drawing)
+        return build_evaluation(
+            model_trace.trace, guide_trace.trace, rows, self.structure, names, extra, drawing
+        )
+
+    def _extra(self, drawing: Drawing) -> dict[int, str]:
+        return {self.first_available_dim: PARTICLES} if drawing.particles > 1 else {}
 
     def held(self, points: Values, configurations: Mapping[int, str] | None = None) -> HeldJoint:
         """The model with its continuous sites held at given points, the enumerated ones enumerated.
@@ -100,15 +126,16 @@ class Joint:
             self.model(data, values)
         return build_views(tracer.trace, rows, self.structure, self.extra)
 
-    def evaluate_guide(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
+    def evaluate_guide(
+        self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
+    ) -> Evaluation:
         """The guide's log-factors alone; the model is not run."""
         assert self.guide is not None
-        rows = rows or Rows(num_rows(data))
+        rows, drawing = rows or Rows(num_rows(data)), drawing or Drawing()
         parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        finite = EnumerateFinite()
-        with parameters, swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
+        with parameters, swapped_modules(values), poutine.trace() as trace, self._drawing(drawing):
             self.guide(data, values)
-        return build_evaluation(None, trace.trace, rows, self.structure, {})
+        return build_evaluation(None, trace.trace, rows, self.structure, {}, self._extra(drawing), drawing)
 
     def view_guide(
         self, data: Values, values: Values, rows: Rows | None = None

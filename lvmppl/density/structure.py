@@ -29,6 +29,9 @@ def chain_axes(name: str, steps: int) -> tuple[str, str, str]:
 POINTS = "·points"
 """The axis of points at which continuous sites are held."""
 
+PARTICLES = "·particles"
+"""The axis of independent draws of the guide."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -170,18 +173,42 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How one pass of a guide draws the sites that are not summed.
+
+    particles: J independent draws along an axis of their own, `PARTICLES`. scores: sites whose value carries no
+    gradient; finite ones among them are drawn instead of summed. temperatures: of the relaxed sites (which are finite),
+    `hard` those whose value is a state with the gradient of the relaxed one. held: values of drawn sites that are given.
+    analytic: sites of which KL[q ‖ prior] stands for log q and log prior at the draw.
+    """
+
+    particles: int = 1
+    scores: frozenset[str] = frozenset()
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    hard: frozenset[str] = frozenset()
+    held: Values = field(default_factory=dict)
+    analytic: frozenset[str] = frozenset()
+
+    def sums(self, site: str) -> bool:
+        """Whether a finite site is summed."""
+        return site not in self.scores and site not in self.temperatures
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """The log-factors of one pass of the model (and of the guide) at given θ, λ and rows."""
+    """The log-factors of one pass of the model (and of the guide) at given θ, λ and rows.
+
+    Drawn several times at once, factors that depend on the draw have an axis `PARTICLES`, whose size is among
+    `plate_sizes`.
+    """
 
     factors: tuple[Factor, ...]
     guide_factors: tuple[Factor, ...]
     variables: Mapping[str, Variable]
     guide_variables: frozenset[str]  # enumerated by the guide; the model's others are summed exactly
     plate_sizes: Mapping[str, int]
-    samples: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # drawn values of the guide's continuous sites
-    score_factors: tuple[Factor, ...] = ()  # log q of drawn sites that have no reparameterised gradient
+    samples: Mapping[str, Tensor] = field(default_factory=dict)  # drawn values of the guide's sites
+    score_factors: tuple[Factor, ...] = ()  # log q of drawn sites whose value carries no gradient
     sample_axes: Mapping[str, Mapping[int, str]] = field(
         default_factory=dict
     )  # of each value drawn or integrated: what its batch axes are called, by negative axis

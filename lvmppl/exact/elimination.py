@@ -33,6 +33,7 @@ class Term(NamedTuple):
     plates: frozenset[str]
     scale: Named
     message: bool = False
+    site: str = ""  # whose factor it is, where it is the factor of one site
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Elimination:
     """What is left when the variables are gone.
 
     per_datum: contributions of each row of the data plate [N], its scale applied; constant: those outside the data
-    plate; kept: log-factors over the variables that were to stay; tape: the eliminations in order.
+    plate; kept: log-factors over the variables that were to stay, or with an axis that is no plate's; tape: the
+    eliminations in order.
     """
 
     per_datum: Tensor | None
@@ -156,6 +158,7 @@ class _Eliminator:
 
     def _move_up(self, message: Named, scale: Named, leaf: frozenset[str], result: Elimination) -> list[Term]:
         names = [d for d in message.dims if d in self.plates]
+        several = any(d not in self.plates and d not in leaf for d in message.dims)  # an axis of particles
         waiting = [d for d in names if d not in self.keep]
         if waiting:
             parent = frozenset().union(*(self.plates[d] for d in names))
@@ -170,7 +173,7 @@ class _Eliminator:
                 message, scale = times(message, scale, self.straight_through), UNIT
             return [Term(self._multiply_out(message, leaf - parent), parent, scale, message=True)]
         message = times(message, scale, self.straight_through)
-        if names:
+        if names or several:
             result.kept.append(Term(message, leaf, UNIT, message=True))
             return []
         if self.data_plate in leaf:
