@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
-from lvmppl.density import Variable
+from lvmppl.density import Variable, time_axis
 from lvmppl.errors import InputError
 from lvmppl.exact.continuous import Block, Layout
 from lvmppl.exact.named import log_sum_exp
@@ -33,6 +33,8 @@ class ContinuousPosterior:
 
     kind: `exact`, `quadrature`, or `estimate` where log p(x, z) was found quadratic at random points and no more is known
     (`proven` is False); log_evidence_error bounds the absolute error of the total (0 for the Gaussian, NaN: unknown).
+    summed: p(c | x) [*plates, (T,) K] of the enumerated sites that were summed out at every point; no question about them
+    jointly with other sites is answered.
     constant: what factors outside of the data plate add to the log evidence, where rows are data.
     """
 
@@ -43,6 +45,7 @@ class ContinuousPosterior:
     engine: str
     constant: float = 0.0
     proven: bool = True
+    summed: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if bool((self._by_row == -torch.inf).any()):
@@ -123,7 +126,9 @@ class ContinuousPosterior:
     # --------------------------------------------------------------------------------------------- marginals
 
     def probabilities(self, site: str) -> Tensor:
-        """p(c = k | x) of an enumerated site: [N, K], or [K] for a global one."""
+        """p(c = k | x) of an enumerated site: [N, K], or [K] for a global one; of a summed one [*plates, (T,) K]."""
+        if site in self.summed:
+            return self.summed[site]
         axis = self._axis(site)
         others = [a for a in self._lead if a != axis]
         table = self._weights.sum(others) if others else self._weights
@@ -134,7 +139,7 @@ class ContinuousPosterior:
         """The marginal of one site: Categorical (`.probs` [N, K]) for an enumerated one; for a continuous one a (mixture
         of) MultivariateNormal over its stacked elements [N, D], or the weighted nodes of the quadrature (Empirical).
         """
-        if site in self.layout.discrete:
+        if site in self.layout.discrete or site in self.summed:
             return categorical_of(self.probabilities(site))
         block = self._block(site)
         if isinstance(self.kernel, Path) and block.size > self.kernel.shape[-1]:
@@ -175,6 +180,7 @@ class ContinuousPosterior:
 
     def mode(self) -> Mode:
         """The highest point of p(z, c | x) over configurations and continuous values, and its log density."""
+        self._refuse_summed("mode")
         if isinstance(self.kernel, QuadraturePosterior):
             point, value = self.kernel.mode()
             height = value - self.kernel.log_evidence.detach()
@@ -200,6 +206,7 @@ class ContinuousPosterior:
         Raises:
             InputError: the model gives probability 0 to a datum, so that it has no posterior.
         """
+        self._refuse_summed("sample")
         if bool((self._by_row == -torch.inf).any()):
             raise InputError(
                 "sample", "data that the model can produce", f"probability 0 for {self._impossible}"
@@ -218,6 +225,7 @@ class ContinuousPosterior:
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
         """log p(z, c | x) of a value for every site, shaped as `sample` gives them, with S or without: [S?, N] (global:
         [S?])."""
+        self._refuse_summed("log_prob")
         missing = [
             n for n in (*self.layout.discrete, *(b.name for b in self.layout.blocks)) if n not in assignment
         ]
@@ -267,6 +275,7 @@ class ContinuousPosterior:
         p(z | c, x), a batch [N, K] of such distributions, to go with `probabilities(c)`. Of a path that is one site:
         its neighbouring steps, Normals over the stacked pairs [N, T − 1, 2d].
         """
+        self._refuse_summed("pair_marginal")
         discrete = [n for n in (first, second) if n in self.layout.discrete]
         if second is None or first == second:
             block = self._block(first)
@@ -288,10 +297,21 @@ class ContinuousPosterior:
 
     def entropy(self) -> Tensor:
         """Differential entropy of z plus entropy of c: H[c | x] + E H[z | c, x], per datum [N] (global: scalar)."""
+        self._refuse_summed("entropy")
         weights = self._weights
         inner = torch.where(weights > 0, weights * (self.kernel.entropy - weights.log()), 0.0)
         total = inner.sum(self._lead) if self._lead else inner
         return total if self.layout.local else total.reshape(())
+
+    def _refuse_summed(self, what: str) -> None:
+        """Raises InputError where sites are summed out at every point: their joint with the others is not kept."""
+        if self.summed:
+            raise InputError(
+                what,
+                "a posterior over all sites jointly",
+                f"{', '.join(self.summed)} summed out at every point of {', '.join(b.name for b in self.layout.blocks)}",
+                "ask for marginal(site), probabilities(site) or moments(site), or draw with algorithm mcmc",
+            )
 
     def _as_sites(self, z: Tensor, index: Tensor) -> dict[str, Tensor]:
         """Values by site from stacked z [S, N, d] and configuration numbers [S, N]."""
@@ -318,6 +338,10 @@ class ContinuousPosterior:
         for name in self.layout.discrete:
             plates = (self.data_plate,) if self.layout.local and self.data_plate else ()
             frames.append(probability_frame(name, self.probabilities(name), plates, self.data_plate))
+        for name, table in self.summed.items():
+            variable = self.variables[name]
+            steps = () if variable.steps is None else (time_axis(variable.steps),)
+            frames.append(probability_frame(name, table, (*variable.plates, *steps), self.data_plate))
         for block in self.layout.blocks:
             mean, sd = self.moments(block.name)
             frames.append(moment_frame(block.name, mean, sd, self.layout.local))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from scipy import integrate, stats
 from torch import Tensor
 
 import lvmppl
+from lvmppl.distributions import MarkovChain
 
 ENUMERATE = {"enumerate": "parallel"}
 
@@ -246,3 +248,67 @@ def test_pair_marginal_of_neighbouring_steps_of_a_path_equals_the_dense_posterio
     np.testing.assert_allclose(backwards, covariance[4:6, 4:6][::-1, ::-1], rtol=1e-9)
     with pytest.raises(lvmppl.InputError, match="neighbouring"):
         post.pair_marginal("z1", "z7")
+
+
+# ----------------------------------------------------------- enumerated sites in plates under a global continuous one
+
+POINTS_OF_GLOBAL = tensor(-1.4, -0.9, 0.2, 1.1, 1.9)
+
+
+def mixture_of_unknown_location(x: Tensor) -> None:
+    shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), 2.0))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(tensor(0.3, 0.7)), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(shift + torch.tensor([-1.0, 1.0], dtype=x.dtype)[c], 0.6), obs=x)
+
+
+def test_global_location_of_a_mixture_equals_the_sum_over_all_labellings() -> None:
+    """Given the labels everything is Gaussian: 2⁵ labellings, each a closed form."""
+    x = POINTS_OF_GLOBAL
+    post = lvmppl.posterior(mixture_of_unknown_location, {"x": x})
+    logs, labels, means, variances = [], [], [], []
+    for c in itertools.product(range(2), repeat=len(x)):
+        residual = x.numpy() - np.array([-1.0, 1.0])[list(c)]
+        spread = 4.0 * np.ones((len(x), len(x))) + 0.36 * np.eye(len(x))
+        log = stats.multivariate_normal(np.zeros(len(x)), spread).logpdf(residual)
+        logs.append(log + np.log(np.array([0.3, 0.7])[list(c)]).sum())
+        precision = 1 / 4.0 + len(x) / 0.36
+        labels.append(c), means.append(residual.sum() / 0.36 / precision), variances.append(1 / precision)
+    total = np.logaddexp.reduce(logs)
+    weights = np.exp(np.array(logs) - total)
+    assert abs(post.log_evidence - total) <= post.log_evidence_error < 1e-5
+    np.testing.assert_allclose(post.marginal("c").probs[:, 1], weights @ np.array(labels), atol=1e-6)
+    mean = weights @ np.array(means)
+    sd = math.sqrt(weights @ (np.array(variances) + (np.array(means) - mean) ** 2))
+    found = post.moments("shift")
+    assert float(found[0]) == pytest.approx(mean, abs=1e-6) and float(found[1]) == pytest.approx(sd, abs=1e-6)
+    frame = post.to_frame()
+    assert len(frame) == 2 * len(x) + 1
+    with pytest.raises(lvmppl.InputError, match="c summed out"):
+        post.sample(2)
+
+
+def test_global_location_of_a_hidden_markov_chain_equals_the_sum_over_all_paths() -> None:
+    x, stay = POINTS_OF_GLOBAL[:4], torch.tensor([[0.8, 0.2], [0.4, 0.6]], dtype=torch.float64)
+    initial = tensor(0.5, 0.5)
+
+    def model(x: Tensor) -> None:
+        shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), 2.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(initial, stay, x.shape[1]), infer=ENUMERATE)
+            loc = torch.tensor([-1.0, 1.0], dtype=x.dtype)[z]
+            pyro.sample(
+                "x", dist.Normal(shift.unsqueeze(-1) + loc, x.new_full((x.shape[1],), 0.6)).to_event(1), obs=x
+            )
+
+    post = lvmppl.posterior(model, {"x": x.unsqueeze(0)})
+    logs, paths = [], list(itertools.product(range(2), repeat=len(x)))
+    for z in paths:
+        residual = x.numpy() - np.array([-1.0, 1.0])[list(z)]
+        spread = 4.0 * np.ones((len(x), len(x))) + 0.36 * np.eye(len(x))
+        log = stats.multivariate_normal(np.zeros(len(x)), spread).logpdf(residual) + math.log(0.5)
+        logs.append(log + sum(math.log(stay[i, j]) for i, j in itertools.pairwise(z)))
+    total = np.logaddexp.reduce(logs)
+    assert abs(post.log_evidence - total) <= post.log_evidence_error < 1e-5
+    expected = np.exp(np.array(logs) - total) @ np.array(paths)
+    np.testing.assert_allclose(post.marginal("z").probs[0, :, 1], expected, atol=1e-6)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.distributions import CatTransform, Transform, biject_to, constraints,
 from lvmppl.density import POINTS, Evaluation, Factor, HeldJoint, Joint, Rows, SiteInfo, Values
 from lvmppl.errors import IntractableError
 from lvmppl.exact.named import Named, align
+from lvmppl.exact.summed import entries_at_a_point, log_joint_at, pieces_of
 
 MAX_CONFIGURATIONS = 4096
 MAX_DENSE = 400  # dimensions of a dense Gaussian row
@@ -46,7 +48,8 @@ class Block:
 class Layout:
     """How continuous sites make up z [*rows, d], and which enumerated sites index its configurations.
 
-    discrete: in the order of the leading axes of rows. local: a row per datum.
+    discrete: in the order of the leading axes of rows. local: a row per datum. summed: enumerated sites that are summed
+    out at every point instead, since they lie in plates that couple through the continuous ones.
     """
 
     blocks: tuple[Block, ...]
@@ -56,6 +59,7 @@ class Layout:
     local: bool
     plate_sizes: Mapping[str, int]
     transform: Transform | None
+    summed: tuple[str, ...] = ()
 
     def rows(self, data_plate: str | None) -> tuple[int, ...]:
         tail = (self.plate_sizes[data_plate],) if self.local and data_plate is not None else ()
@@ -98,19 +102,13 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
     home = {plate} if local else set()
     chains = [structure.sites[n] for n in structure.enumerated if evaluation.variables[n].steps is not None]
-    if chains:
+    if chains and local:
         raise _intractable(
             [*latents, *chains],
-            "a discrete chain beside continuous sites, whose every sequence would be a configuration",
+            "a discrete chain beside continuous sites of its datum, whose every sequence would be a configuration",
             "use svi with a guide over both",
         )
-    awkward = [s for s in enumerated if set(s.plates) - home]
-    if awkward:
-        raise _intractable(
-            [*latents, *awkward],
-            "enumerated sites within plates that continuous ones outside of them depend on",
-            "use vem or svi: the enumerated sites are still summed exactly there",
-        )
+    summed = tuple(structure.enumerated) if chains or any(set(s.plates) - home for s in enumerated) else ()
     blocks, begin, transforms, lengths = [], 0, [], []
     for site in latents:
         inner = tuple(p for p in site.plates if p not in home)
@@ -123,7 +121,7 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     whole = (
         None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
     )
-    names = tuple(reversed(structure.enumerated))  # later sites are enumerated further left
+    names = () if summed else tuple(reversed(structure.enumerated))  # later sites are enumerated further left
     sizes = tuple(evaluation.variables[n].size for n in names)
     if math.prod(sizes) > MAX_CONFIGURATIONS:
         raise _intractable(
@@ -131,7 +129,7 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})",
             "use vem or svi",
         )
-    return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole)
+    return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole, summed)
 
 
 def _transform(site: SiteInfo) -> Transform:
@@ -198,6 +196,10 @@ class LogJointOfModel:
         return held_at(self.joint, self.layout, z).evaluate(self.data, self.values)
 
     def __call__(self, z: Tensor) -> Tensor:
+        if self.layout.summed:
+            return torch.cat([self._summed(part) for part in pieces_of(z, self.entries)]).reshape(
+                z.shape[:-1]
+            )
         evaluation = self.evaluation(z)
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
@@ -215,6 +217,18 @@ class LogJointOfModel:
             *([self.layout.plate_sizes[tail[0]]] if tail else []),
         )
         return total.expand(target).movedim(len(lead) - 1, 0).reshape(shape)
+
+    def _summed(self, z: Tensor) -> Tensor:
+        evaluation = self.evaluation(z)
+        factors = [f for f in evaluation.factors if not is_constant(f, self.joint, self.layout)]
+        return log_joint_at(evaluation, factors, len(z))
+
+    @cached_property
+    def entries(self) -> int:
+        """Of the largest summed site at one point."""
+        with torch.no_grad():
+            variables = self.joint.evaluate(self.data, self.values).variables
+        return entries_at_a_point(variables, self.layout.plate_sizes)
 
     def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
         """A factor's log-probabilities over `dims`, its other plates multiplied out."""

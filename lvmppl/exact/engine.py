@@ -22,6 +22,7 @@ from lvmppl.exact.evaluation import NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature
 from lvmppl.exact.state_space import state_space_posterior
+from lvmppl.exact.summed import summed_probabilities
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
 _MANY_MODES = frozenset({"Unit", "MixtureSameFamily"})  # pyro.factor is a Unit
@@ -45,14 +46,21 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     log_joint = LogJointOfModel(joint, data, values, layout)
     rows = layout.rows(joint.structure.data_plate)
     dtype = evaluation.factors[0].log_prob.dtype
-    variables = {n: evaluation.variables[n] for n in layout.discrete}
+    variables = {n: evaluation.variables[n] for n in (*layout.discrete, *layout.summed)}
     kernel, engine = _solve(log_joint, rows, layout, joint, data, values, dtype)
     constant = float(constant_part(joint, evaluation, layout))
     suspects = [] if isinstance(kernel, QuadraturePosterior) else _not_gaussian(log_joint)
     if suspects:
         engine += f", an estimate: nothing proves it between those points for {', '.join(suspects)}"
     plate = joint.structure.data_plate
-    return ContinuousPosterior(kernel, layout, variables, plate, engine, constant, proven=not suspects)
+    summed = {}
+    if layout.summed:
+        z, weights = kernel.nodes()
+        summed = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
+        engine += f"; {_listed(list(layout.summed))} summed out at every point"
+    return ContinuousPosterior(
+        kernel, layout, variables, plate, engine, constant, proven=not suspects, summed=summed
+    )
 
 
 def _families(log_joint: LogJointOfModel) -> set[str]:
