@@ -77,12 +77,12 @@ def responsibility_comparison(
     both.
 
     Points become a two-dimensional histogram where they would hide one another; heat maps are drawn up to 400
-    rows. The data with the largest gaps (without gaps: the largest total variation) carry their numbers.
+    rows. The data of the largest total variation carry their numbers.
     """
     pair = _pair(posterior, fit, site)
     labels = posterior.loc[posterior["site"] == site, "label"].dropna()
     colours = component_colours(int(labels.max()) + 1 if len(labels) else 0)
-    worst = _worst_rows(pair, gaps, fit)
+    worst = _worst_rows(pair)
     heat, crowded = 0 < len(pair.trusted) <= HEAT_ROWS, pair.trusted.size > SCATTER_POINTS
     several = posterior.loc[posterior["label"].notna(), "site"].nunique() > 1
     heading = f"{_capital(KIND_NAMES[pair.kind])} against variational responsibilities: fit '{fit}'"
@@ -103,17 +103,17 @@ def _capital(word: str) -> str:
     return word[0].upper() + word[1:]
 
 
-def _worst_rows(pair: Pair, gaps: pd.DataFrame, fit: str) -> list[Row]:
-    """Of each of the worst data the row where the two posteriors differ most; none that agree."""
+def _worst_rows(pair: Pair) -> list[Row]:
+    """Of each of the data that differ most (total variation) the row where they do; none that agree.
+
+    Not those with the largest gaps: a gap may lie in a probability near 0, where nothing is to be seen.
+    """
     rows = pair.distance.sort_values(ascending=False, kind="stable")
     differing = [(int(datum), str(position)) for datum, position in rows[rows > 1e-6].index]
     first: dict[int, Row] = {}
     for row in differing:
         first.setdefault(row[0], row)
-    worst = worst_data(gaps, fit, WORST)
-    if not len(worst):
-        return list(first.values())[:WORST]
-    return [first[int(datum)] for datum in worst["datum"] if int(datum) in first]
+    return list(first.values())[:WORST]
 
 
 def _agreement(
@@ -160,7 +160,7 @@ def _mark_worst(axes: Axes, pair: Pair, worst: Sequence[Row]) -> None:
         edgecolors=INK,
         lw=1.1,
         zorder=5,
-        label="worst data",
+        label="differ most",
     )
     diagonal = np.linspace(0, 1, 60)
     everything = np.column_stack([pair.trusted.to_numpy().ravel(), pair.variational.to_numpy().ravel()])
@@ -220,8 +220,8 @@ def _caption(pair: Pair, heat: bool, crowded: bool, marked: bool) -> list[str | 
         f"its probability under the {name} posterior; upwards, under the guide. On the diagonal the two "
         "agree, above it the guide gives the component too much.",
         marked
-        and "A ring and a number mark the data with the largest gaps, each at the component that the guide "
-        f"gets most wrong{' (7[12] is position 12 of datum 7)' if sequences else ''}.",
+        and "A ring and a number mark the data that differ most, each at the component that the guide gets "
+        f"most wrong{' (7[12] is position 12 of datum 7)' if sequences else ''}.",
         heat
         and "On the right the same probabilities as two maps, a row a datum, sorted by component and then by "
         "certainty: where the maps look alike, the guide is right.",

@@ -33,7 +33,7 @@ def kl_per_datum(variational: Posterior, exact: Posterior) -> Tensor:
             continue
         mean = expectation(table, weights, exact.plate_sizes)
         total = total - _spread(mean, plates, exact, total)
-    return total
+    return _not_negative(total)
 
 
 def _kl_of_chains(variational: Posterior, exact: Posterior) -> Tensor:
@@ -42,8 +42,13 @@ def _kl_of_chains(variational: Posterior, exact: Posterior) -> Tensor:
     own = Evaluation(exact.factors, variational.factors, exact.variables, names, exact.plate_sizes)
     bound, evidence = elbo(own, exact.data_plate), exact.log_evidence_per_datum
     if evidence is None or bound.per_datum is None:
-        return torch.tensor(exact.log_evidence) - bound.total
-    return evidence - bound.per_datum - bound.constant
+        return _not_negative(torch.tensor(exact.log_evidence) - bound.total)
+    return _not_negative(evidence - bound.per_datum - bound.constant)
+
+
+def _not_negative(kl: Tensor) -> Tensor:
+    """No divergence is negative; what is so by rounding alone is 0, and anything more stays to be seen."""
+    return torch.where(kl > -1e3 * torch.finfo(kl.dtype).eps, kl.clamp_min(0), kl)
 
 
 def _spread(mean: Named, plates: frozenset[str], exact: Posterior, like: Tensor) -> Tensor:

@@ -5,9 +5,8 @@ Shapes: N data, K components (labels), D features.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,6 +31,7 @@ from lvmppl.canvas import (
 )
 
 COLUMNS = 4
+RINGED = 0.01  # total variation from the exact posterior beyond which a datum has a ring
 PRINCIPAL = 6  # of more columns than this principal components are drawn
 
 Cell = tuple[str, str]  # fit, kind
@@ -41,12 +41,12 @@ Cell = tuple[str, str]  # fit, kind
 def component_scatter(
     posterior: pd.DataFrame, data: pd.DataFrame, site: str, note: str = ""
 ) -> Picture | None:
-    """The data coloured by responsibility with the components' ellipses, a panel per fit and kind, on equal
-    axes.
+    """The data coloured by responsibility with the components' ellipses, a panel per fit, on equal axes.
 
-    An ellipse is the responsibility-weighted mean and the contour, two standard deviations away, of the
-    responsibility-weighted covariance. None where the picture does not apply: a site without one state a
-    datum, or data of fewer than two columns that vary.
+    A fit with a guide shows what the guide says, with the ellipses of its exact (or MCMC) posterior dashed and a ring
+    around each datum of which the two differ. An ellipse is the responsibility-weighted mean and the contour, two
+    standard deviations away, of the responsibility-weighted covariance. None where the picture does not apply: a
+    site without one state a datum, or data of fewer than two columns that vary.
     """
     rows = posterior[(posterior["site"] == site) & posterior["label"].notna() & (posterior["position"] == "")]
     rows = rows[rows["datum"].isin(data.index)]
@@ -59,27 +59,39 @@ def component_scatter(
         for (fit, kind), group in rows.groupby(["fit", "kind"], sort=False)
     }
     plane = choose_plane(features, np.nan_to_num(next(iter(tables.values()))))
-    cells, columns = _cells(list(tables))
-    num_rows = len(cells) // columns
+    cells = _cells(list(tables))[:PANELS]
+    columns = _num_columns(len(cells))
+    num_rows = -(-len(cells) // columns)
     several = posterior["site"].nunique() > 1
     heading = "The data and the components found" + (f": site {site}" if several else "")
-    width, height = (10.0, 2.9) if columns > 2 else (1.2 + 4.0 * columns, 3.6)
+    width, height = (10.0, 3.0) if columns > 2 else (1.2 + 4.4 * columns, 3.6)
     picture = Picture(heading, width, 1.1 + height * num_rows)
     panels = picture.subplots(num_rows, columns, squeeze=False, sharex=True, sharey=True)
-    _fill(panels.ravel().tolist(), cells, columns, tables, plane, component_colours(count))
-    _legend(picture, component_colours(count))
-    left_out = len(tables) - sum(cell is not None for cell in cells)
-    picture.say(*CAPTION, plane.reason, left_out > 0 and f"{left_out} more panels are not drawn.", note)
+    colours = component_colours(count)
+    compared = _fill(panels.ravel().tolist(), cells, columns, tables, plane, colours)
+    _legend(picture, colours, compared)
+    left_out = len({fit for fit, _ in tables}) - len(cells)
+    picture.say(
+        *_caption(compared, bool(compared) and any(kind == "mcmc" for _, kind in tables)),
+        plane.reason,
+        left_out > 0 and f"{left_out} more fits are not drawn.",
+        note,
+    )
     return picture
 
 
-CAPTION = (
-    "Every point is a datum, in the colour of its component; a datum between components has a mixed colour, "
-    "and one of unknown probabilities is grey. A number stands at the responsibility-weighted mean of a "
-    "component, and the ellipse around it lies two standard deviations away (responsibility-weighted "
-    "covariance). Components are numbered alike in all fits.",
-    "In variational panels a ring marks the data whose most probable component is not the exact one.",
-)
+def _caption(compared: bool, mcmc: bool) -> list[str | bool]:
+    trusted = "exact (or MCMC)" if mcmc else "exact"
+    return [
+        "Every point is a datum, in the colour of its component; a datum between components has a mixed colour, "
+        "and one of unknown probabilities is grey. A number stands at the responsibility-weighted mean of a "
+        "component, and the ellipse around it lies two standard deviations away (responsibility-weighted "
+        "covariance). Components are numbered alike in all fits.",
+        compared
+        and "A fit with a guide shows the guide's probabilities; dashed are the ellipses of its "
+        f"{trusted} posterior, and a ring marks a datum whose probabilities differ from those by more than "
+        f"{RINGED:g} (total variation): the wider the ring, the more.",
+    ]
 
 
 def _probabilities(rows: pd.DataFrame, index: pd.Index, count: int) -> Reals:
@@ -133,115 +145,100 @@ def choose_plane(data: pd.DataFrame, weights: Reals) -> Plane:
     return Plane(x[:, chosen], names, reason if x.shape[1] > 2 else "")
 
 
-def _cells(keys: list[Cell]) -> tuple[list[Cell | None], int]:
-    """Panels in reading order: a column per fit with its kinds one above the other, at most four a row.
+def _cells(keys: Sequence[Cell]) -> list[Cell]:
+    """What each fit shows, in the order of the fits: its guide's posterior, or the only one it has."""
+    shown = {fit: kind for fit, kind in sorted(keys, key=lambda key: KINDS.index(key[1]))}  # the last stays
+    return [(fit, shown[fit]) for fit in dict.fromkeys(fit for fit, _ in keys)]
 
-    Fits with more kinds come first, so that what stays blank is at the right end of a row. The kinds of an
-    only fit stand side by side.
-    """
-    counts = Counter(fit for fit, _ in keys)
-    if len(counts) == 1:
-        return [*keys], len(keys)
-    fits = sorted(counts, key=lambda fit: -counts[fit])[:PANELS]
-    columns = min(COLUMNS, len(fits))
-    cells: list[Cell | None] = []
-    for start in range(0, len(fits), columns):
-        block = fits[start : start + columns]
-        for kind in (k for k in KINDS if any((fit, k) in keys for fit in block)):
-            row = [(fit, kind) if (fit, kind) in keys else None for fit in block]
-            cells += [*row, *[None] * (columns - len(row))]
-    return cells, columns
+
+def _num_columns(count: int) -> int:
+    """As many panels a row as leave the fewest places blank."""
+    return min(count, 3) if count <= 3 else 2 if count == 4 else 3 if count <= 6 else COLUMNS
 
 
 def _fill(
     panels: Sequence[Axes],
-    cells: Sequence[Cell | None],
+    cells: Sequence[Cell],
     columns: int,
     tables: Mapping[Cell, Reals],
     plane: Plane,
     colours: Reals,
-) -> None:
+) -> bool:
+    """Draws the panels; whether any compares two posteriors."""
     width = 26 if columns > 2 else 40
-    for index, (axes, cell) in enumerate(zip(panels, cells, strict=True)):
-        if cell is None:
-            axes.set_axis_off()
-            continue
+    compared = False
+    for axes in panels[len(cells) :]:
+        axes.set_axis_off()
+    for index, (axes, cell) in enumerate(zip(panels, cells, strict=False)):
         fit, kind = cell
-        trusted = [tables[fit, k] for k in KINDS if k != kind and (fit, k) in tables]
-        _panel(
-            axes,
-            plane.points,
-            tables[cell],
-            trusted[0] if kind == "variational" and trusted else None,
-            colours,
-        )
+        trusted = next((tables[fit, k] for k in KINDS if k != kind and (fit, k) in tables), None)
+        compared = compared or trusted is not None
+        _panel(axes, plane.points, tables[cell], trusted, colours)
         axes.set_title(plain(f"{shorten(fit, width - 14)}: {KIND_NAMES[kind]}"), fontweight="bold")
-        # The first panel of a row and the last of a column carry the scales.
+        axes.tick_params(labelleft=True, labelbottom=True)
         if index % columns == 0:
             axes.set_ylabel(plain(shorten(plane.names[1], width + 10)))
-            axes.tick_params(labelleft=True)
-        if index + columns >= len(cells) or cells[index + columns] is None:
+        if index + columns >= len(cells):
             axes.set_xlabel(plain(shorten(plane.names[0], width + 10)))
-            axes.tick_params(labelbottom=True)
+    return compared
 
 
 def _panel(axes: Axes, points: Reals, probs: Reals, trusted: Reals | None, colours: Reals) -> None:
-    """One fit and kind: points [N, 2] coloured by probs [N, K], rings where `trusted` has another
-    component.
-    """
+    """One fit: points [N, 2] coloured by probs [N, K], rings and dashed ellipses where `trusted` says otherwise."""
     size = float(np.clip(3000 / len(points), 4, 22))
     axes.scatter(
         points[:, 0], points[:, 1], s=size, c=mixed_colours(probs, colours), alpha=0.75, lw=0, zorder=2
     )
-    known = np.isfinite(probs).all(1)
     if trusted is not None:
-        both = known & np.isfinite(trusted).all(1)
-        moved = np.flatnonzero(both)[probs[both].argmax(1) != trusted[both].argmax(1)]
-        rings = points[moved]
-        lw, alpha = (0.9, 1.0) if len(moved) <= 60 else (0.5, 0.3)  # a crowd of rings would hide the data
-        axes.scatter(
-            rings[:, 0],
-            rings[:, 1],
-            s=3 * size,
-            facecolors="none",
-            edgecolors=INK,
-            lw=lw,
-            alpha=alpha,
-            zorder=3,
-        )
-    usable = known & np.isfinite(points).all(1)
-    for label, weights in enumerate(probs[usable].T):
-        if weights.sum() > 1e-6:
-            _ellipse(axes, points[usable], weights, colours[label], str(label))
+        _rings(axes, points, np.nan_to_num(np.abs(probs - trusted).sum(1) / 2), size)
+        _ellipses(axes, points, trusted, colours, dashed=True)
+    _ellipses(axes, points, probs, colours, dashed=False)
     axes.grid(color=FAINT, linewidth=0.5)
     axes.set_axisbelow(True)
 
 
-def _ellipse(axes: Axes, points: Reals, weights: Reals, colour: Reals, name: str) -> None:
+def _rings(axes: Axes, points: Reals, distance: Reals, size: float) -> None:
+    """Rings around the data whose total variation distance [N] is worth seeing."""
+    moved = np.flatnonzero(distance > RINGED)
+    lw, alpha = (0.9, 1.0) if len(moved) <= 60 else (0.5, 0.3)  # a crowd of rings would hide the data
+    area = size * (2.5 + 20 * distance[moved])
+    style: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "lw": lw, "alpha": alpha}
+    axes.scatter(points[moved, 0], points[moved, 1], s=area, zorder=3, **style)
+
+
+def _ellipses(axes: Axes, points: Reals, probs: Reals, colours: Reals, dashed: bool) -> None:
+    usable = np.isfinite(probs).all(1) & np.isfinite(points).all(1)
+    for label, weights in enumerate(probs[usable].T):
+        if weights.sum() > 1e-6:
+            _ellipse(axes, points[usable], weights, colours[label], str(label), dashed)
+
+
+def _ellipse(axes: Axes, points: Reals, weights: Reals, colour: Reals, name: str, dashed: bool) -> None:
     mean = weights @ points / weights.sum()
     centred = points - mean
     covariance = (weights[:, None] * centred).T @ centred / weights.sum()
     variances, directions = np.linalg.eigh(covariance)  # ascending
     height, width = 4 * np.sqrt(np.maximum(variances, 0.0))
     angle = float(np.degrees(np.arctan2(directions[1, 1], directions[0, 1])))
-    ellipse = Ellipse(
-        (mean[0], mean[1]), width, height, angle=angle, fill=False, ec=tuple(colour), lw=1.8, zorder=4
-    )
-    axes.add_patch(ellipse)
+    pen: dict[str, Any] = {"ec": INK, "lw": 1.0, "ls": (0, (4, 3)), "zorder": 5} if dashed else {}
+    pen = pen or {"ec": tuple(colour), "lw": 1.8, "zorder": 4}
+    axes.add_patch(Ellipse((mean[0], mean[1]), width, height, angle=angle, fill=False, **pen))
+    if dashed:
+        return
     halo = [withStroke(linewidth=2.5, foreground="white")]
     text = axes.text(mean[0], mean[1], name, color=tuple(colour), fontsize=11, fontweight="bold", zorder=5)
     text.set(horizontalalignment="center", verticalalignment="center", path_effects=halo)
 
 
-def _legend(picture: Picture, colours: Reals) -> None:
-    if (
-        not 1 < len(colours) <= 10
-    ):  # one component needs none, and of many the numbers are read, not the colours
-        return
-    handles = [
-        Line2D(
-            [], [], marker="o", linestyle="", color=tuple(colour), markersize=6, label=f"component {label}"
-        )
-        for label, colour in enumerate(colours)
-    ]
-    picture.legend(handles=handles, loc="outside lower center", ncols=min(5, len(colours)), frameon=False)
+def _legend(picture: Picture, colours: Reals, compared: bool) -> None:
+    handles = []
+    if 1 < len(colours) <= 10:  # one component needs none, and of many the numbers are read, not the colours
+        for label, colour in enumerate(colours):
+            dot: dict[str, Any] = {"marker": "o", "linestyle": "", "color": tuple(colour), "markersize": 6}
+            handles.append(Line2D([], [], label=f"component {label}", **dot))
+    if compared:
+        ring: dict[str, Any] = {"marker": "o", "linestyle": "", "mfc": "none", "mec": INK, "markersize": 8}
+        handles.append(Line2D([], [], color=INK, lw=1.0, ls=(0, (4, 3)), label="exact ellipse"))
+        handles.append(Line2D([], [], label="differs from exact", **ring))
+    if handles:
+        picture.legend(handles=handles, loc="outside lower center", ncols=5, frameon=False)

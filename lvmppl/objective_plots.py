@@ -27,7 +27,7 @@ def objective_curves(history: pd.DataFrame, summary: pd.DataFrame) -> Picture:
     curves = {str(fit): rows for fit, rows in history.groupby("fit", sort=False) if fit in set(finite["fit"])}
     drawn = [str(fit) for fit in summary["fit"] if fit in curves][:PANELS]
     columns = 3 if len(drawn) > 4 else 2
-    height = 0.6 + 3.1 * -(-max(1, len(drawn)) // columns)
+    height = 0.6 + 3.5 * -(-max(1, len(drawn)) // columns)
     picture = Picture("Objective of each fit over its steps", 10.0 if len(drawn) > 1 else 7.0, height)
     bests = {fit: _best_restart(curves[fit]) for fit in drawn}
     ends = {fit: summary[summary["fit"] == fit].iloc[0] for fit in drawn}
@@ -107,16 +107,28 @@ def _is_noisy(objective: Reals) -> bool:
 
 
 def _window(values: Reals) -> int:
-    return max(5, len(values) // 50)
+    return max(5, len(values) // 15)
 
 
 def _running_mean(values: Reals, window: int) -> Reals:
-    """Centred mean over `window` steps, over fewer at the ends; steps that are not finite do not count."""
+    """Mean over about `window` steps around each step, weighted by a Hann window; NaN for the steps nearer to an end.
+
+    Its weights end in zero: how many batches of an epoch fall inside makes no ripple. Steps that are not finite do not
+    count.
+    """
     finite = np.isfinite(values)
-    kernel = np.ones(window)
+    kernel = np.hanning(window + 2)[1:-1]
     total = np.convolve(np.where(finite, values, 0.0), kernel, mode="same")
     count = np.convolve(finite.astype(float), kernel, mode="same")
-    return np.where(count > 0.5, total / np.maximum(count, 1.0), np.nan)
+    mean = np.where(count > 1e-3 * kernel.sum(), total / np.maximum(count, 1e-300), np.nan)
+    mean[: window // 2] = mean[len(mean) - window // 2 :] = np.nan
+    return mean
+
+
+def _quartiles(values: Reals, window: int) -> tuple[Reals, Reals]:
+    """The running quartiles: half of the steps around lie between them."""
+    rolling = pd.Series(values).rolling(2 * window, center=True, min_periods=window)
+    return rolling.quantile(0.25).to_numpy(), rolling.quantile(0.75).to_numpy()
 
 
 def _panel(axes: Axes, rows: pd.DataFrame, best: pd.DataFrame, end: pd.Series) -> None:
@@ -126,7 +138,8 @@ def _panel(axes: Axes, rows: pd.DataFrame, best: pd.DataFrame, end: pd.Series) -
     for _, other in others.groupby("restart"):
         axes.plot(*_curve(other), color="#9a9a9a", linewidth=0.8, alpha=0.7, zorder=2)
     steps, values = _curve(best)
-    shown = _best_curve(axes, steps, values, name, 1 + others["restart"].nunique())
+    final = float(end["elbo"]) if "elbo" in kind else np.nan
+    shown = _best_curve(axes, steps, values, name, 1 + others["restart"].nunique(), final)
     _evidence_line(axes, kind, steps, shown, end)
     axes.set_xlim(0, max(1.0, float(rows["step"].max())) * 1.02)
     finite = values[np.isfinite(values)]
@@ -139,7 +152,14 @@ def _panel(axes: Axes, rows: pd.DataFrame, best: pd.DataFrame, end: pd.Series) -
     )
     axes.set(xlabel="step", ylabel=f"{name} (nats)")
     axes.grid(axis="y")
-    axes.legend(loc="lower right", handlelength=1.4)
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.17),
+        ncols=2,
+        handlelength=1.4,
+        columnspacing=1.2,
+        borderaxespad=0,
+    )
 
 
 def _curve(rows: pd.DataFrame) -> tuple[Reals, Reals]:
@@ -148,9 +168,9 @@ def _curve(rows: pd.DataFrame) -> tuple[Reals, Reals]:
     return rows["step"].to_numpy(dtype=float, na_value=np.nan), np.where(np.isfinite(values), values, np.nan)
 
 
-def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: int) -> Reals:
-    """Draws the best restart, an estimate as its running mean over the pale estimates; returns the bold
-    curve.
+def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: int, end: float) -> Reals:
+    """Draws the best restart, estimates as their running mean in a pale band, up to the objective at the end; returns
+    the bold curve.
     """
     if not _is_noisy(values):
         several = "first of {} chains" if name == "log joint" else "best of {}"
@@ -160,8 +180,16 @@ def _best_curve(axes: Axes, steps: Reals, values: Reals, name: str, restarts: in
         return values
     window = _window(values)
     mean = _running_mean(values, window)
-    axes.plot(steps, values, color=BLUE, lw=0.6, alpha=0.35, zorder=3, label=f"{name}, every step")
-    axes.plot(steps, mean, color=BLUE, lw=2.2, zorder=4, label=f"mean over {window} steps")
+    low, high = _quartiles(values, window)
+    band = axes.fill_between(
+        steps, low, high, color=BLUE, alpha=0.13, lw=0, zorder=2, label="half of the steps"
+    )
+    band.set_clip_on(True)
+    if np.isfinite(end):
+        axes.plot(steps[-1:], [end], "o", color=BLUE, ms=5, zorder=6, label=f"{name} of all rows {nats(end)}")
+        mean[-1] = end
+    known = np.isfinite(mean)
+    axes.plot(steps[known], mean[known], color=BLUE, lw=2.2, zorder=4, label=f"mean over {window} steps")
     return mean
 
 
@@ -176,5 +204,6 @@ def _evidence_line(axes: Axes, kind: str, steps: Reals, curve: Reals, end: pd.Se
     axes.axhline(line, color=INK, lw=1.2, linestyle=dash, zorder=5, label=f"{name} {nats(line)}")
     if "elbo" in kind:
         said = f"gap, at the end {nats(gap)}" if np.isfinite(gap) else "gap"
-        under = np.minimum(curve, line)
-        axes.fill_between(steps, under, line, color=VERMILLION, alpha=0.15, lw=0, zorder=1, label=said)
+        known = np.isfinite(curve)
+        under = np.minimum(curve[known], line)
+        axes.fill_between(steps[known], under, line, color=VERMILLION, alpha=0.15, lw=0, zorder=1, label=said)

@@ -212,7 +212,9 @@ def nats(value: float, error: float = float("nan")) -> str:
     if np.isfinite(error) and error > 0:
         decimals = int(np.clip(1 - np.floor(np.log10(error)), 0, 12))
         return f"{value:,.{decimals}f} ± {error:.{decimals}f}".replace("-", "−")
-    if value != 0 and abs(value) < 1e-3:
+    if abs(value) < 1e-12:  # what rounding leaves of nothing
+        return "0.0000"
+    if abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa}e{int(exponent)}".replace("-", "−")
     decimals = int(np.clip(8 - len(str(int(abs(value)))), 0, 4))

@@ -93,6 +93,22 @@ def test_summary_numbers_carry_their_kind(frames: Frames, tmp_path: Path) -> Non
     assert em["ELBO"] == em["gap"] == "–"
 
 
+def test_every_entry_of_the_summary_carries_its_columns_name_for_narrow_screens(
+    frames: Frames, tmp_path: Path
+) -> None:
+    written(tmp_path, frames)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = page[page.index('id="summary"') :]
+    table = table[: table.index("</table>")]
+    header = re.findall(r"<th[^>]*>([^<]*)</th>", table)
+    assert {"fit", "status", "log evidence", "ELBO", "gap"} <= set(header)
+    rows = re.findall(r"<tr><td.*?</tr>", table)
+    assert len(rows) == len(frames["summary"])
+    for row in rows:
+        assert re.findall(r'<td data-name="([^"]*)"', row) == header
+    assert "td::before { content: attr(data-name)" in page
+
+
 def test_estimates_and_bounds_are_named(tmp_path: Path) -> None:
     row = {**summary_row("local", -100.0, -101.5, 9), "log_evidence_kind": "lower_bound"}
     row["log_evidence_error"] = 0.25

@@ -1,4 +1,4 @@
-"""The installed wheel, away from the checkout: all of it imports, and a shipped experiment runs by name.
+"""The installed wheel, away from the checkout: all of it imports, and every shipped experiment runs by name.
 
 python -I tests/wheel_smoke.py FOLDER        FOLDER: what `pip install --target` made of the wheel
 """
@@ -14,7 +14,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-EXPERIMENT = "iris_mixture"
 COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from lvmppl.cli import main; main()"
 WRITTEN = ["experiment.yaml", "environment.json", "report.html"]
 TABLES = ["summary", "history", "parameters", "posterior", "gaps"]
@@ -54,16 +53,23 @@ def check_metadata(target: Path) -> None:
     assert programs == {"lvmppl": "lvmppl.cli:main"}, programs
 
 
-def check_run(target: Path) -> None:
-    """The shipped experiment runs by name, and writes all that it should."""
-    assert EXPERIMENT in lvmppl(target, "list")
-    lvmppl(target, "check", EXPERIMENT)
-    printed = lvmppl(target, "run", EXPERIMENT, "--smoke", "--out", "out")
+def shipped(target: Path) -> list[str]:
+    """The names of the experiments that the wheel lists."""
+    words = [line.split() for line in lvmppl(target, "list").splitlines()]
+    names = [line[1] for line in words if line[0] == "experiment"]
+    assert "iris_mixture" in names, names
+    return names
+
+
+def check_run(target: Path, experiment: str) -> None:
+    """A shipped experiment runs by name, and writes all that it should."""
+    out = Path(f"out_{experiment}")
+    printed = lvmppl(target, "run", experiment, "--smoke", "--out", str(out))
     assert "report.html" in printed, printed
     expected = WRITTEN + [f"{table}.{kind}" for table in TABLES for kind in ("csv", "parquet")]
-    missing = [name for name in expected if not (Path("out") / name).is_file()]
-    assert not missing, f"the run did not write {', '.join(missing)}"
-    assert list(Path("out/plots").glob("*.png")), "the run drew no picture"
+    missing = [name for name in expected if not (out / name).is_file()]
+    assert not missing, f"{experiment} did not write {', '.join(missing)}"
+    assert list((out / "plots").glob("*.png")), f"{experiment} drew no picture"
 
 
 def main() -> None:
@@ -74,9 +80,12 @@ def main() -> None:
         assert str(checkout) not in sys.path, "run this with python -I"
         count = check_imports(target)
         check_metadata(target)
-        check_run(target)
+        names = shipped(target)
+        lvmppl(target, "check", names[0])
+        for name in names:
+            check_run(target, name)
         os.chdir(checkout)
-    print(f"wheel: {count} modules import from {target.name}, and {EXPERIMENT} runs by name")
+    print(f"wheel: {count} modules import from {target.name}, and {', '.join(names)} run by name")
 
 
 if __name__ == "__main__":
