@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import logsumexp
@@ -20,21 +21,57 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 
 def block(language: str, word: str) -> str:
     """The one fenced block of a language that holds a word."""
-    blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    (found,) = [text for text in blocks if word in text]
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+    (found,) = [text for kind, text in blocks if kind == language and word in text]
     return str(found)
 
 
-@pytest.mark.parametrize("command", ["check", "run"])
-def test_example_of_the_readme_passes_the_commands(
+def commands() -> list[str]:
+    """The lines of the README's second shell block, without their comments."""
+    return [line.partition("#")[0].strip() for line in block("sh", "lvmppl check").splitlines()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_of_the_readme_runs_as_it_stands(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "two_causes.py").write_text(block("python", "def two_causes"))
     (tmp_path / "two_causes.yaml").write_text(block("yaml", "two-causes"))
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.app, [command, "two_causes.yaml"])
+    program, *arguments = command.split()
+    result = CliRunner().invoke(cli.app, arguments, prog_name=program)
+    assert program == "lvmppl" and result.exit_code == 0, result.output
+    out = arguments[arguments.index("--out") + 1] if "--out" in arguments else "runs/two-causes"
+    assert (tmp_path / out / "report.html").exists() == (arguments[0] == "run")
+    assert (tmp_path / "NAME.py").exists() == (arguments[0] == "new")
+
+
+def test_shipped_experiment_prints_what_the_readme_shows_and_reaches_the_best_known_evidence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The experiment of `make demo` as it is shipped, whole. Its stochastic fit may differ a little between machines."""
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, ["run", "iris_mixture"], prog_name="lvmppl")
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "runs" / "two-causes" / "report.html").exists() == (command == "run")
+    assert not re.search(r"\bnan\b|-0\.0000", result.stdout)
+    shown = [line.split() for line in block("", "iris_mixture/report.html").strip().splitlines()]
+    printed = [line.split() for line in result.stdout.strip().splitlines()]
+    assert [len(line) for line in printed] == [len(line) for line in shown]
+    assert printed[0] == shown[0] and printed[-1] == shown[-1]
+    assert [line[0] for line in shown[1:-1]] == ["em", "gradient", "local", "amortized"]
+    for line, expected in zip(printed[1:-1], shown[1:-1], strict=True):
+        numbers = [word for word in expected if re.fullmatch(r"-?\d+\.\d{4}", word)]
+        found = [word for word in line if re.fullmatch(r"-?\d+\.\d{4}", word)]
+        near = 0.1 if line[0] == "amortized" else 2e-4
+        np.testing.assert_allclose([*map(float, found)], [*map(float, numbers)], rtol=0, atol=near)
+        words = [word for word in expected if not re.fullmatch(r"-?\d+\.\d+", word)]
+        assert [word for word in line if not re.fullmatch(r"-?\d+\.\d+", word)][:-1] == words[:-1]
+    summary = pd.read_csv("runs/iris_mixture/summary.csv").set_index("fit")
+    np.testing.assert_allclose(summary.loc[["em", "gradient", "local"], "log_evidence"], -180.1855, atol=0.01)
+    assert list(summary["status"]) == ["converged", "converged", "converged", "max_steps"]
+    assert 0 <= summary.loc["local", "gap"] < 1e-6 < summary.loc["amortized", "gap"]
+    gaps = pd.read_csv("runs/iris_mixture/gaps.csv")
+    np.testing.assert_allclose(gaps["elbo"] + gaps["gap"], gaps["log_evidence"], rtol=0, atol=1e-6)
 
 
 def test_python_of_the_readme_gives_the_posterior_of_its_model() -> None:
