@@ -98,6 +98,30 @@ def log_joint(p: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     return total
 
 
+def by_entry(x: Tensor, kind: Tensor) -> None:
+    """Priors with event axes of their own."""
+    variance = pyro.sample(
+        "variance", dist.InverseGamma(real(3.0), torch.tensor([4.0, 1.0]).double()).to_event(1)
+    )
+    shares = pyro.sample("shares", dist.Dirichlet(torch.full((2, 3), 2.0).double()).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(0.4, variance.sqrt()).to_event(1), obs=torch.stack([x, 2 * x], -1))
+        pyro.sample("kind", dist.Categorical(shares).to_event(1), obs=torch.stack([kind, 2 - kind], -1))
+
+
+def test_map_of_priors_with_event_axes_equals_their_modes() -> None:
+    data = {k: v for k, v in rows().items() if k in ("x", "kind")}
+    fit = lvmppl.fit(by_entry, data, algorithm="em", tolerance=1e-13)
+    assert {s.how for s in fit.m_step} == {"closed-form"}
+    x, kind = data["x"].numpy(), data["kind"].numpy()
+    squares = ((np.stack([x, 2 * x], -1) - 0.4) ** 2).sum(0)
+    counts = np.stack([np.bincount(kind, minlength=3), np.bincount(2 - kind, minlength=3)]) + 1
+    np.testing.assert_allclose(
+        fit.parameters["variance"], (np.array([4.0, 1.0]) + squares / 2) / (len(x) / 2 + 4)
+    )
+    np.testing.assert_allclose(fit.parameters["shares"], counts / counts.sum(1, keepdims=True), rtol=1e-12)
+
+
 def test_em_step_under_priors_equals_pseudo_counts_by_hand() -> None:
     x = line().numpy()
     fit = lvmppl.fit(mixture, {"x": line()}, algorithm="em", max_steps=1, tolerance=0, seed=2)

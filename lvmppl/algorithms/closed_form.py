@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from lvmppl.algorithms.probing import Lookup
-from lvmppl.algorithms.spellings import Spelling, bounds
+from lvmppl.algorithms.spellings import Spelling, bounds, plain
 from lvmppl.algorithms.statistics import PACKED, RESTART, Statistics, unpacked
 from lvmppl.density import ParameterSpec, Values
 from lvmppl.exact.named import Named, align
@@ -241,7 +241,7 @@ def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: i
 
 
 def _floor(variance: Named, mean: Named) -> Named:
-    """ε^(2/3) of the variance of the data; of their mean square where they do not vary."""
+    """ε^(2/3) of the variance of the data; ε^(4/3) of their mean square where they do not vary."""
     tensor = variance.tensor
     eps: float = torch.finfo(tensor.dtype).eps ** (2 / 3)
     still = torch.where(mean.tensor == 0, torch.ones_like(tensor), mean.tensor.square())
@@ -340,7 +340,8 @@ _SOLVE = {
 
 def _within(value: Tensor, constraint: Constraint) -> Tensor:
     """The parameter within the bounds of an elementwise constraint, strictly where these are open."""
-    if constraint.event_dim and not hasattr(constraint, "base_constraint"):
+    constraint = plain(constraint)
+    if constraint.event_dim:
         return value
     low, high = bounds(constraint)
     if low > -torch.inf or high < torch.inf:

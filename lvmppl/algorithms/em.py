@@ -159,6 +159,10 @@ class _Run:
         return not (math.isfinite(objective) and objective >= before - slack - self.slack)
 
     def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
+        if not trajectory.values:
+            trajectory.status, trajectory.values = "diverged", detached(values)
+            trajectory.message = f"{self.problem.objective_name} is {objective} at the start"
+            return trajectory
         step = len(trajectory.rows) - 1
         moved = ", ".join(self._lowering(trajectory, values)) or "no parameter"
         trajectory.status = "diverged"
@@ -166,14 +170,11 @@ class _Run:
             f"{self.problem.objective_name} went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
             f"which updated {moved}"
         )
-        trajectory.values = trajectory.values or detached(values)
         return trajectory
 
     def _lowering(self, trajectory: Trajectory, values: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The updated parameters that lower the log evidence by their own update alone; all where no single one does."""
         updated = self.plan.closed + self.plan.by_gradient
-        if not trajectory.values:
-            return updated
         alone = {n: self._e_step({**trajectory.values, n: values[n]})[0] for n in updated}
         return tuple(n for n, objective in alone.items() if self._falls(trajectory, objective)) or updated
 

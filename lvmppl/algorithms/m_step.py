@@ -33,9 +33,19 @@ def plan_m_step(problem: Problem) -> Plan:
 
 
 def _seen_by_all_rows(problem: Problem, plan: Plan) -> Plan:
-    """The plan with the parameters that only rows beyond the probed ones depend on left to the gradient."""
+    """The plan less what rows beyond the probed ones contradict: parameters that enter there, lookups that are others."""
+    from lvmppl.algorithms.stationarity import misread_sites
+
+    if probe_rows(problem)[1].size == problem.num_rows:
+        return plan
+    if not problem.integrates:
+        misread = misread_sites(problem, plan.sites, problem.initial)
+        lookups = (f for s in plan.sites if s.name in misread for f in s.lookups.values())
+        plan = plan.demote(
+            {n for f in lookups for n in f.names}, "is used otherwise in rows that were not probed"
+        )
     unseen = {s.parameter for s in plan.steps if s.how == "fixed"} - set(problem.frozen)
-    if not unseen or probe_rows(problem)[1].size == problem.num_rows:
+    if not unseen:
         return plan
     found: set[str] = set()
     for data, rows in chunks(problem):

@@ -40,6 +40,8 @@ class Plan:
     def demote(self, names: Iterable[str], why: str) -> Plan:
         """The plan with these parameters left to the gradient."""
         moved = set(names)
+        if not moved:
+            return self
         steps = tuple(MStep(s.parameter, "gradient", why) if s.parameter in moved else s for s in self.steps)
         keep = {s.parameter for s in steps if s.how == "closed-form"}
         sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from lvmppl.algorithms.closed_form import ClosedSite
-from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.expected import e_step
 from lvmppl.algorithms.least_squares import FEW_ROWS, MAX_ENTRIES, Affine, bent, couplings
 from lvmppl.algorithms.plan import Plan, working_dtype
@@ -78,7 +77,11 @@ class Rules:
                 self._refuse(name, f"enters '{site}' ({family}), which has no closed form")
         for site, use in self.proposal.uses.items():
             for key, lookup in use.lookups.items():
-                if lookup is None or self._is_by_row(lookup):
+                if (
+                    lookup is None
+                    or self._is_by_row(lookup)
+                    or (key == "loc" and self._is_weighed_by_row(use))
+                ):
                     for name in use.depends[key]:
                         if key == "loc":
                             self.computed.setdefault(name, []).append(site)
@@ -149,7 +152,12 @@ class Rules:
     def _is_by_row(self, lookup: Lookup) -> bool:
         """Entries that vary along the data: known only for the rows probed."""
         plate = self.problem.data_plate
-        return plate in lookup.dims and sum(1 for _ in chunks(self.problem)) > 1
+        return plate in lookup.dims and self.probed.num_rows < self.problem.num_rows
+
+    def _is_weighed_by_row(self, use: Use) -> bool:
+        """Whether a known spread varies along the data (errors of measurement): least squares weighs rows by theirs."""
+        spread = use.lookups.get("precision" if use.reading.kind == "normal" else "covariance")
+        return spread is not None and not spread.names and self._is_by_row(spread)
 
     def _refuse(self, name: str, why: str) -> None:
         self.why.setdefault(name, why)

@@ -28,25 +28,26 @@ class Spelling(NamedTuple):
     """(solved coordinates, the parameter before) → the parameter."""
 
 
-def _plain(constraint: Constraint) -> Constraint:
+def plain(constraint: Constraint) -> Constraint:
+    """The constraint of one entry, row or matrix, without the axes that `.to_event` adds."""
     return (
-        _plain(constraint.base_constraint) if isinstance(constraint, constraints.independent) else constraint
+        plain(constraint.base_constraint) if isinstance(constraint, constraints.independent) else constraint
     )
 
 
 def _elementwise(constraint: Constraint) -> bool:
-    return _plain(constraint).event_dim == 0 and not constraint.is_discrete
+    return plain(constraint).event_dim == 0 and not constraint.is_discrete
 
 
 def is_real(constraint: Constraint) -> bool:
     """Whether the entries of a parameter may take any value."""
-    return _plain(constraint) is constraints.real
+    return plain(constraint) is constraints.real
 
 
 def bounds(constraint: Constraint) -> tuple[float, float]:
     """Lower and upper bound of an elementwise constraint."""
-    plain = _plain(constraint)
-    low, high = getattr(plain, "lower_bound", -torch.inf), getattr(plain, "upper_bound", torch.inf)
+    own = plain(constraint)
+    low, high = getattr(own, "lower_bound", -torch.inf), getattr(own, "upper_bound", torch.inf)
     return float(low), float(high)
 
 
@@ -59,7 +60,7 @@ def _unit(constraint: Constraint) -> bool:
 
 
 def _is(*names: str) -> Callable[[Constraint], bool]:
-    return lambda constraint: type(_plain(constraint)).__name__.lstrip("_") in names
+    return lambda constraint: type(plain(constraint)).__name__.lstrip("_") in names
 
 
 def _softplus_inverse(y: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ gradient must not point inwards.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,16 +16,18 @@ from torch.distributions import transform_to
 from torch.distributions.constraints import Constraint
 
 from lvmppl.algorithms.closed_form import ClosedSite
+from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.expected import Weights, e_step, expected_log_joint
 from lvmppl.algorithms.m_step import solve_closed
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.probing import probe_rows
 from lvmppl.algorithms.problem import Problem
-from lvmppl.algorithms.spellings import bounds
-from lvmppl.density import Values
+from lvmppl.algorithms.spellings import bounds, plain
+from lvmppl.density import SiteView, Values
 from lvmppl.exponential import read_factor
 
 _FEW_ROWS = 16
+_CLOSE = 1e-5  # of numbers that may be in single precision
 RELATIVE = 1e-8  # of the gradient of Q a tenth of the way off
 _ROUNDING = {torch.float64: 1.0, torch.float32: 2e4}  # by how much looser, by dtype
 
@@ -58,16 +60,32 @@ def are_looked_up(problem: Problem, sites: Sequence[ClosedSite], values: Values)
     data, rows = probe_rows(problem, _FEW_ROWS)
     with torch.no_grad():
         views, _ = problem.model.view(data, values, rows)
-        for site in sites:
-            reading = read_factor(views, site.name, site.kind)
-            if reading is None:
-                return False
-            for field, lookup in site.lookups.items():
-                found, expected = reading.fields[field].tensor, lookup.evaluate(values)
-                if found.dtype != expected.dtype or found.shape != expected.shape:
-                    return False
-                if not torch.allclose(found, expected, rtol=1e-9, atol=0.0):
-                    return False
+        return all(_is_looked_up(views, site, values, 1e-9, same_dtype=True) for site in sites)
+
+
+def misread_sites(problem: Problem, sites: Sequence[ClosedSite], values: Values) -> set[str]:
+    """Sites whose distributions on some piece of the data are not what their lookups say (rows that were not probed)."""
+    found: set[str] = set()
+    for data, rows in chunks(problem):
+        with torch.no_grad():
+            views, _ = problem.model.view(data, values, rows)
+            left = [site for site in sites if site.name not in found]
+            found |= {site.name for site in left if not _is_looked_up(views, site, values, _CLOSE)}
+    return found
+
+
+def _is_looked_up(
+    views: Mapping[str, SiteView], site: ClosedSite, values: Values, rtol: float, same_dtype: bool = False
+) -> bool:
+    reading = read_factor(views, site.name, site.kind)
+    if reading is None:
+        return False
+    for field, lookup in site.lookups.items():
+        found, expected = reading.fields[field].tensor, lookup.evaluate(values)
+        if found.shape != expected.shape or (same_dtype and found.dtype != expected.dtype):
+            return False
+        if not torch.allclose(found, expected.to(found.dtype), rtol=rtol, atol=0.0):
+            return False
     return True
 
 
@@ -85,11 +103,12 @@ def _gradients(
 
 def _in_coordinates(value: Tensor, grad: Tensor, constraint: Constraint) -> Tensor:
     """The gradient in unconstrained coordinates; at a boundary the part of it that points inwards."""
+    constraint = plain(constraint)
     if type(constraint).__name__.lstrip("_") == "Simplex":
         inner = torch.where(value > 0, grad, 0.0)
         excess = grad - (value * inner).sum(-1, keepdim=True)
         return torch.where(value > 0, value * excess, excess.clamp_min(0))
-    if constraint.event_dim == 0 or hasattr(constraint, "base_constraint"):
+    if constraint.event_dim == 0:
         low, high = bounds(constraint)
         below, above = value - low, high - value
         tiny = torch.finfo(value.dtype).tiny
@@ -120,7 +139,7 @@ def _perturbed(problem: Problem, values: Values, names: tuple[str, ...]) -> dict
 
 
 def _moved(value: Tensor, constraint: Constraint, noise: Tensor) -> Tensor:
-    name = type(constraint).__name__.lstrip("_")
+    name = type(plain(constraint)).__name__.lstrip("_")
     if name == "Simplex":
         other = torch.softmax(noise, -1)
         return 0.9 * value + 0.1 * other

@@ -177,7 +177,7 @@ class Labels:
         sizes = dict(zip(self.named.dims, self.named.tensor.shape, strict=True))
         sizes.update(zip(q.dims, q.tensor.shape, strict=True))
         weight = align(q, (*shared, *lone, *rest))
-        weight = weight.expand(*(sizes[d] for d in (*shared, *lone, *rest)))
+        weight = weight.expand([sizes[d] for d in (*shared, *lone, *rest)])
         index = self.index(lone)
         weight = weight.reshape(*index.shape, -1)
         result = weight.new_zeros(len(index), self.size, weight.shape[-1])

@@ -312,7 +312,7 @@ def _product(natural: Named, design: Named) -> Named:
         keep = (*natural.dims[:-1], *(d for d in design.dims[1:] if d not in shared))
         return contract(natural, design, tuple(d for d in keep if d != RESTART))
     result = h.reshape(-1, h.shape[-1]) @ t.reshape(len(t), -1)
-    return Named(result.reshape(*h.shape[:-1], *t.shape[1:]), (*natural.dims[:-1], *design.dims[1:]))
+    return Named(result.reshape([*h.shape[:-1], *t.shape[1:]]), (*natural.dims[:-1], *design.dims[1:]))
 
 
 def _natural(

@@ -1,0 +1,144 @@
+"""EM where the number of rows or states matters: one of each, and parameters that vary along more rows than are probed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from em_models import ENUMERATE, normal, simplex, weights
+from scipy import stats
+from torch import Tensor
+from torch.distributions import constraints
+
+import lvmppl
+from lvmppl.algorithms.probing import PROBE_ROWS, probe_indices
+
+SIZES = pytest.mark.parametrize("size", [61, PROBE_ROWS + 3, 2 * PROBE_ROWS + 5])
+LOC = (-1.0, 2.5)
+
+
+def locations() -> Tensor:
+    result: Tensor = pyro.param("loc", torch.tensor(LOC, dtype=torch.float64))
+    return result
+
+
+def two_groups(size: int) -> Tensor:
+    return normal(size, seed=3) + 4 * (torch.arange(size) % 3 == 0)
+
+
+def responsibilities(x: np.ndarray, prior: Any, spread: Any) -> np.ndarray:
+    """[K, N]"""
+    density = np.asarray(prior) * stats.norm.pdf(x, np.array(LOC)[:, None], spread)
+    result: np.ndarray = density / density.sum(0)
+    return result
+
+
+@pytest.mark.parametrize("components", [1, 2])
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_mixture_of_one_row_or_one_component_equals_its_moments(
+    components: int, size: int, restarts: int
+) -> None:
+    def model(x: Tensor) -> None:
+        scale = pyro.param(
+            "scale", torch.ones(components, dtype=torch.float64), constraint=constraints.positive
+        )
+        loc = pyro.param("loc", lambda: normal(components, seed=4))
+        mixing = weights(components)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+    x = two_groups(size)
+    fit = lvmppl.fit(model, {"x": x}, algorithm="em", restarts=restarts, init="random")
+    assert fit.status == "converged"
+    if components == 1:
+        assert float(fit.parameters["loc"]) == pytest.approx(float(x.mean()), rel=1e-9)
+        spread = float(x.std(correction=0)) if size > 1 else np.finfo(float).eps ** (2 / 3) * abs(float(x))
+        assert float(fit.parameters["scale"]) == pytest.approx(spread, rel=1e-9)
+    elif size == 1:
+        np.testing.assert_allclose(fit.parameters["loc"], [float(x)] * 2, rtol=1e-9)
+
+
+@SIZES
+def test_em_step_with_known_errors_equals_means_weighed_by_row(size: int) -> None:
+    """Errors of measurement: a standard deviation a row, as data."""
+
+    def model(x: Tensor, error: Tensor) -> None:
+        loc, mixing = locations(), weights(2)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(loc[z], error), obs=x)
+
+    x, error = two_groups(size), 0.5 + normal(size, seed=5).abs()
+    fit = lvmppl.fit(model, {"x": x, "error": error}, algorithm="em", max_steps=1)
+    q = responsibilities(x.numpy(), simplex(2).numpy()[:, None], error.numpy())
+    precise = q / error.numpy() ** 2
+    np.testing.assert_allclose(fit.parameters["loc"], precise @ x.numpy() / precise.sum(1), rtol=1e-9)
+    np.testing.assert_allclose(fit.parameters["weights"], q.mean(1), rtol=1e-9)
+    assert {s.how for s in fit.m_step} == {"closed-form"}
+
+
+@SIZES
+def test_em_step_with_weights_chosen_by_the_data_equals_frequencies_by_group(size: int) -> None:
+    """In closed form on rows that are all probed, by gradient on more."""
+
+    def model(x: Tensor, group: Tensor) -> None:
+        table = pyro.param("table", lambda: simplex(3, 2), constraint=constraints.simplex)
+        loc = locations()
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(table[group]), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    x, group = two_groups(size), torch.arange(size) % 3
+    fit = lvmppl.fit(
+        model, {"x": x, "group": group}, algorithm="em", max_steps=1, tolerance=1e-12, m_steps=60
+    )
+    q = responsibilities(x.numpy(), simplex(3, 2).numpy()[group.numpy()].T, 1.0)
+    expected = np.stack([q[:, group.numpy() == g].mean(1) for g in range(3)])
+    exact = size <= PROBE_ROWS
+    np.testing.assert_allclose(fit.parameters["table"], expected, rtol=1e-9 if exact else 1e-4)
+    assert {s.parameter: s.how for s in fit.m_step}["table"] == ("closed-form" if exact else "gradient")
+
+
+def test_lookup_that_rows_between_the_probed_ones_contradict_is_left_to_the_gradient() -> None:
+    """Where a piece of the data has an exposure the rate is another; none of the probed rows has one."""
+
+    def model(x: Tensor, exposure: Tensor) -> None:
+        rate = pyro.param("rate", torch.tensor([1.0, 4.0]).double(), constraint=constraints.positive)
+        mixing = weights(2)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+            mean = rate[z] if bool((exposure == 1).all()) else rate[z] * exposure
+            pyro.sample("x", dist.Poisson(mean), obs=x)
+
+    size = 2 * PROBE_ROWS + 5
+    exposure = torch.ones(size, dtype=torch.float64)
+    exposure[1 : size // 3 : 2] = 5
+    exposure[probe_indices(size)] = 1
+    mean = torch.tensor([1.0, 6.0]).double()[torch.arange(size) % 2] * exposure
+    data = {"x": torch.poisson(mean, generator=torch.Generator().manual_seed(2)), "exposure": exposure}
+    fit = lvmppl.fit(model, data, algorithm="em", max_steps=40)
+    assert {s.parameter: (s.how, s.why) for s in fit.m_step}["rate"] == (
+        "gradient",
+        "is used otherwise in rows that were not probed",
+    )
+    best = lvmppl.fit(model, data, algorithm="enumeration")
+    assert fit.log_evidence == pytest.approx(best.log_evidence, abs=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:log evidence is -inf")
+def test_impossible_start_is_said_to_be_one() -> None:
+    def model(x: Tensor) -> None:
+        table = pyro.param("table", torch.eye(2).double(), constraint=constraints.simplex)
+        mixing = pyro.param("weights", torch.tensor([1.0, 0.0]).double(), constraint=constraints.simplex)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+            pyro.sample("x", dist.Categorical(table[z]), obs=x)
+
+    fit = lvmppl.fit(model, {"x": torch.tensor([0, 1, 0])}, algorithm="em")
+    assert (fit.status, fit.message) == ("diverged", "log evidence is -inf at the start")
