@@ -36,8 +36,7 @@ def probability_frame(
 def categorical_of(probs: Tensor) -> torch.distributions.Categorical:
     """A Categorical whose `.probs` are these very numbers: no clamp, and zeros for an impossible datum."""
     row = torch.distributions.Categorical(probs.new_ones(probs.shape[-1]), validate_args=False)
-    result = row.expand(
-        probs.shape[:-1]
-    )  # built from one row: normalising all would be another pass over them
+    # built from one row: normalising all would be another pass over them
+    result: torch.distributions.Categorical = row.expand(probs.shape[:-1])
     result.probs = result._param = probs
     return result

@@ -143,7 +143,8 @@ class Posterior:
             return None
         dims = (chain, *variable.plates, time_axis(variable.steps))
         for index, factor in enumerate(self.factors):
-            if set(dims) <= set(factor.dims):
+            # a factor in further plates counts each of their elements
+            if set(dims) <= set(factor.dims) and factor.plates == set(variable.plates):
                 q = self._weights[index]
                 axes = [i for i, d in enumerate(q.dims) if d not in dims]
                 kept = Named(q.tensor.sum(axes) if axes else q.tensor, tuple(d for d in q.dims if d in dims))

@@ -57,7 +57,8 @@ def _principal_axes(x: Tensor, num_factors: int) -> Tensor:
     axes = axes[:num_factors]
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     scale = 0.5 * lengths[:num_factors] / len(x) ** 0.5
-    return (axes * largest.sign() * scale.unsqueeze(-1)).T
+    loadings: Tensor = (axes * largest.sign() * scale.unsqueeze(-1)).T
+    return loadings
 
 
 def _half_variance(x: Tensor, noise: Noise) -> Tensor:

@@ -99,5 +99,5 @@ def _axes(rows: Tensor, number: int) -> Tensor:
     """[D, L]: half a standard deviation along each principal axis, the axes over again where L exceeds D."""
     centred = rows - rows.mean(0)
     _, lengths, axes = torch.linalg.svd(centred, full_matrices=False)
-    scaled = 0.5 * (axes * lengths.unsqueeze(-1)).T / len(rows) ** 0.5
+    scaled: Tensor = 0.5 * (axes * lengths.unsqueeze(-1)).T / len(rows) ** 0.5
     return scaled[:, torch.arange(number) % scaled.shape[1]]

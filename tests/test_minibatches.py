@@ -291,4 +291,6 @@ def test_best_restart_of_vem_is_kept() -> None:
     best = fit.all_history.groupby("restart")["objective"].max()
     assert best.nunique() == 3
     assert fit.restart == best.idxmax()
-    assert fit.elbo == pytest.approx(best.max(), rel=1e-12)
+    assert fit.elbo >= best.max() and fit.elbo == pytest.approx(
+        fit.log_evidence, rel=1e-9
+    )  # q ends with an E-step

@@ -91,6 +91,13 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             "discrete sites whose states cannot be listed",
             "truncate an unbounded one to a Categorical, declare entries by pyro.plate instead of .to_event, or use svi",
         )
+    masses = [s for s in latents if s.family == "Delta"]
+    if masses:
+        raise _intractable(
+            masses,
+            "a point mass, which has no density to integrate",
+            "make it a pyro.param or pyro.deterministic",
+        )
     for factor in evaluation.factors:
         if isinstance(factor.scale, Tensor) or factor.scale != 1.0:
             raise _intractable(
