@@ -14,6 +14,7 @@ from sklearn.datasets import load_iris
 
 import lvmppl
 from lvmppl.algorithms import em
+from lvmppl.algorithms.recorded import Recorded
 from lvmppl.models.mixture import gaussian_mixture
 
 TOGETHER = [
@@ -65,7 +66,13 @@ def irises() -> dict[str, torch.Tensor]:
 def test_restarts_stop_each_at_its_own_step(irises: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = functools.partial(gaussian_mixture, num_components=3, covariance="full")
     options = {"init": "kmeans", "restarts": 6, "max_steps": 90}
+    repeated: list[bool] = []
+    step = Recorded.__call__
+    monkeypatch.setattr(
+        Recorded, "__call__", lambda self, x: repeated.append((found := step(self, x)) is not None) or found
+    )
     together, apart = both_ways(monkeypatch, model, irises, **options)
+    assert sum(repeated) > 60  # of 90 steps: recorded once for each number of restarts, and repeated
     lengths = together.all_history.groupby("restart")["step"].max()
     assert lengths.tolist() == apart.all_history.groupby("restart")["step"].max().tolist()
     assert lengths.nunique() > 3  # they leave at different times

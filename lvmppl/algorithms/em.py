@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
-from lvmppl.algorithms.closed_form import solve
+from lvmppl.algorithms.batched_step import BatchedStep
+from lvmppl.algorithms.closed_form import Solution
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
@@ -26,7 +27,7 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.remarks import remarks
 from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
-from lvmppl.algorithms.statistics import Statistics, of_restarts, stacked
+from lvmppl.algorithms.statistics import Statistics
 from lvmppl.algorithms.tabulated import Imprecise, Tabulated, tabulate
 from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import unvalidated
@@ -206,6 +207,7 @@ class _Batch:
 
     def __init__(self, run: _Run, tables: Tabulated) -> None:
         self.run_one, self.tables = run, tables
+        self.step = BatchedStep(run.problem, run.plan, tables)
         self.problem, self.options = run.problem, run.options
         self.done = [Trajectory(r, run.problem.objective_kind) for r in range(self.options.restarts)]
         self.stopping = [Stopping(self.options.tolerance) for _ in self.done]
@@ -220,39 +222,16 @@ class _Batch:
         )
         for step in range(options.max_steps + 1):
             self.run_one._check_tables(step, _picked(values, 0))
-            objectives, statistics = self._e_step(values)
-            keep = self._judge(step, values, objectives.tolist())
+            advanced = self.step(values)
+            keep = self._judge(step, values, advanced.objectives)
             progress.update(step, max(t.objective for t in self.done))
             if not keep or step == options.max_steps:
                 break
-            if len(keep) < len(self.active):
-                index = torch.tensor(keep)
-                self.active = [self.active[i] for i in keep]
-                values = {n: v.index_select(0, index) for n, v in values.items()}
-                statistics = {n: of_restarts(s, index) for n, s in statistics.items()}
-            values = self._m_step(values, statistics)
+            values = self._kept(keep, advanced.solution)
         for restart in self.active:
             self._leave(restart)
         progress.finish(best_of(self.done).status)
         return self.done
-
-    def _e_step(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Statistics]]:
-        """For all active restarts; those that the tables are too coarse for by running the model."""
-        try:
-            return self.tables.e_step(values)
-        except Imprecise as error:
-            coarse = error.restarts
-        parts = []
-        fine = torch.nonzero(~coarse).flatten()
-        if len(fine):
-            parts.append(self.tables.e_step({n: v.index_select(0, fine) for n, v in values.items()}))
-        alone = torch.nonzero(coarse).flatten()
-        for restart in alone.tolist():
-            total, _, own = e_step(self.problem, _picked(values, restart), self.run_one.plan.sites, False)
-            parts.append((torch.tensor([total], dtype=torch.float64), own))
-        back = torch.cat([fine, alone]).argsort()
-        merged = {n: of_restarts(stacked([own[n] for _, own in parts]), back) for n in parts[0][1]}
-        return torch.cat([t.double() for t, _ in parts])[back], merged
 
     def _judge(self, step: int, values: Mapping[str, Tensor], objectives: list[float]) -> list[int]:
         """Record the step of every active restart; positions of those that go on."""
@@ -284,15 +263,20 @@ class _Batch:
             trajectory.values = detached(_picked(values, position))
             self.run_one._check_tables(0, trajectory.values)
 
-    def _m_step(
-        self, values: Mapping[str, Tensor], statistics: Mapping[str, Statistics]
-    ) -> Mapping[str, Tensor]:
-        plan = self.run_one.plan
-        solution = solve(plan.sites, self.problem.model.specs, plan.closed, values, statistics, plan.priors)
+    def _kept(self, keep: list[int], solution: Solution) -> Mapping[str, Tensor]:
+        """θ of the restarts that go on. Where their number is costly to change, copies of one hold the places of those
+        that left until half are gone."""
         if any(bool(h.any()) for h in solution.held.values()):
-            for position, restart in enumerate(self.active):
-                _note_floor(self.done[restart], solution.floored(position))
-        return solution.values
+            for position in keep:
+                _note_floor(self.done[self.active[position]], solution.floored(position))
+        places = len(next(iter(solution.values.values())))
+        if len(keep) == len(self.active):
+            return solution.values
+        self.active = [self.active[i] for i in keep]
+        if 2 * len(keep) > places and self.step.is_recorded(places):
+            keep = keep + keep[:1] * (places - len(keep))
+        index = torch.tensor(keep)
+        return {n: v.index_select(0, index) for n, v in solution.values.items()}
 
 
 def _note_floor(trajectory: Trajectory, floored: Collection[str]) -> None:

@@ -113,6 +113,10 @@ class Tabulated:
         """Whether the data fit the cache whole."""
         return self._step(1) == self.total
 
+    def entries(self, restarts: int) -> int:
+        """Of the design matrix and the factors of the whole data."""
+        return self.total * _entries_of_a_row(self.sites, self.readings, self.variables, self.total, restarts)
+
     def _step(self, restarts: int) -> int:
         """Rows of a piece."""
         if not self.chunkable:
@@ -549,6 +553,17 @@ def _rows_of_a_piece(
     total: int,
     restarts: int = 1,
 ) -> int:
+    wide = _entries_of_a_row(sites, readings, variables, total, restarts)
+    return max(min(total, 256), min(total, _ENTRIES // max(1, wide), 1 << 14))
+
+
+def _entries_of_a_row(
+    sites: Sequence[ClosedSite],
+    readings: Mapping[str, Reading],
+    variables: Mapping[str, Variable],
+    total: int,
+    restarts: int,
+) -> int:
     wide = 0
     for site in sites:
         reading = readings[site.name]
@@ -557,7 +572,7 @@ def _rows_of_a_piece(
         squares = value * (value + 1) // 2 if site.kind == "mvn" else value
         steps = max((variables[d].steps or 1 for d in site.keep if d in variables), default=1)
         wide += restarts * states * steps + (1 if reading.labels else 1 + value + squares)
-    return max(min(total, 256), min(total, _ENTRIES // max(1, wide), 1 << 14))
+    return wide
 
 
 def _base_total(reading: Reading, plate: str | None, total: int, step: int) -> float:
