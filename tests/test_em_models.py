@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import em_table_models  # noqa: F401  (adds its models to CASES)
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -94,17 +96,34 @@ def test_closed_form_m_step_equals_gradient_m_step_run_to_its_optimum(case: Case
         assert reached >= float(expected_log_joint(problem, start, weights))
 
 
-SLOW = ("partly_masked", "also_in_a_factor", "chain_with_a_full_noise_covariance")  # to arrive
-FIXED = {n: c for n, c in CASES.items() if n not in SLOW}
+# EM's pace is that of the information the latents lack: these take thousands of steps to arrive.
+SLOW = (
+    "markov",
+    "global_site",
+    "symmetric_table",
+    "symmetric_by_sum",
+    "location_and_scale_by_two_latents",
+    "symmetric_rates",
+    "triangular_locations",
+    "factor_analysis",
+    "random_effect_of_every_row",
+    "product_of_two_loadings",
+    "slope_in_a_factor",
+)
+# Five sequences do not bound this likelihood: it grows as the smallest direction of the noise shrinks, so nothing is fixed.
+BOUNDED = {n: c for n, c in CASES.items() if n != "chain_with_a_full_noise_covariance"}
 
 
-@pytest.mark.parametrize("case", FIXED.values(), ids=FIXED)
+@pytest.mark.parametrize("case", BOUNDED.values(), ids=BOUNDED)
 def test_gradient_of_log_evidence_vanishes_at_a_fixed_point_of_em(case: Case) -> None:
+    """Slow models are first brought close by the gradient: EM has to stay where its own M-step puts it."""
+    near: dict[str, Any] = {}
     with isolated(0, torch.float64), unvalidated():
         problem = problem_of(case)
-        best = lvmppl.fit(
-            case.model, case.data(), algorithm="em", max_steps=60 if case.gradient else 150, tolerance=1e-13
-        )
+        fit = functools.partial(lvmppl.fit, case.model, problem.data)
+        if case.model.__name__ in SLOW:
+            near["start_from"] = fit(algorithm="enumeration", max_steps=400, tolerance=1e-15)
+        best = fit(algorithm="em", max_steps=10 if near else 350, tolerance=0 if near else 1e-15, **near)
         coordinates = Coordinates(problem.model.specs, problem.theta)
 
         def gradient(values: Any) -> torch.Tensor:
@@ -113,7 +132,7 @@ def test_gradient_of_log_evidence_vanishes_at_a_fixed_point_of_em(case: Case) ->
             return torch.cat([g.flatten() for g in torch.autograd.grad(total, list(free.values()))])
 
         start, end = gradient(problem.initial), gradient(best.parameters)
-    assert float(end.norm()) < 0.02 * float(start.norm())
+    assert float(end.norm()) < 1e-6 * float(start.norm())
 
 
 def shifted_on_few_rows(x: Tensor, shifted: Tensor) -> None:
