@@ -243,21 +243,21 @@ def small(args: argparse.Namespace) -> None:
 
 
 def _pymc(x: np.ndarray, theta: Mapping[str, np.ndarray]) -> tuple[float, np.ndarray]:
+    import arviz
     import pymc as pm
     import pymc_extras as pmx
-    import xarray
+    import pytensor.tensor as pt
 
     with pm.Model() as model:
         shift = pm.Flat("shift")  # log p needs one free variable; it stands at 0
         z = pm.Categorical("z", p=theta["weights"], shape=len(x))
-        pm.Normal("x", mu=pm.math.stack(theta["loc"][:, 0])[z] + shift, sigma=1.0, observed=x)
+        pm.Normal("x", mu=pt.as_tensor(theta["loc"][:, 0])[z] + shift, sigma=1.0, observed=x)
     marginal = pmx.marginalize(model, ["z"])
     log_evidence = float(marginal.compile_logp(vars=marginal.observed_RVs)({"shift": np.array(0.0)}))
-    draws = xarray.Dataset({"shift": (("chain", "draw"), np.zeros((1, 1)))})
+    draws = arviz.from_dict(posterior={"shift": np.zeros((1, 1))})
     with marginal:
         found = pmx.recover_marginals(draws, var_names=["z"], return_samples=False)
-    data = found.posterior if hasattr(found, "posterior") else found
-    return log_evidence, np.exp(data["lp_z"].values[0, 0])
+    return log_evidence, np.exp(found.posterior["lp_z"].values[0, 0])
 
 
 SECTIONS = {"mixture": mixture, "hmm": hmm, "scaling": scaling, "memory": memory, "small": small}
