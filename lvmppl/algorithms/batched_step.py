@@ -37,16 +37,20 @@ class BatchedStep:
         self._problem, self._plan, self._tables = problem, plan, tables
         self._recorded: Recorded | None = None
         self._restarts = self._recordings = 0
+        self._coarse = False  # whether the last step was too fine for the tables: the next one may well be
 
     def is_recorded(self, restarts: int) -> bool:
         """Whether steps of this many restarts are small enough, so that a change of their number costs a recording."""
         tables = self._tables
         return not tables.has_chains and tables.is_one_piece and tables.entries(restarts) <= SMALL
 
-    def __call__(self, values: Mapping[str, Tensor]) -> Advanced:
+    def __call__(self, values: Mapping[str, Tensor], distinct: int) -> Advanced:
+        """values: of `distinct` restarts, and from there on copies of the first."""
         found = self._replayed(values)
         if found is None:
-            objectives, statistics = self._e_step(values)
+            objectives, statistics = self._e_step(values, distinct)
+            if not self._coarse:  # the step that was recorded branches otherwise by now
+                self._recorded = None
             return Advanced(objectives.tolist(), self._m_step(values, statistics))
         objectives = found.pop(_OBJECTIVE)
         held = {n.removeprefix(_HELD): found.pop(n) for n in list(found) if n.startswith(_HELD)}
@@ -57,10 +61,10 @@ class BatchedStep:
         restarts = len(next(iter(values.values())))
         if self._recorded is not None and self._restarts == restarts:
             found = self._recorded(values)
-            if found is not None:
-                return found
+            self._coarse = self._coarse and found is None
+            return found
         self._recorded = None
-        if self._recordings >= _RECORDINGS or not self.is_recorded(restarts):
+        if self._coarse or self._recordings >= _RECORDINGS or not self.is_recorded(restarts):
             return None
         self._recordings, self._restarts = self._recordings + 1, restarts
         with contextlib.suppress(Imprecise):
@@ -78,12 +82,15 @@ class BatchedStep:
         plan = self._plan
         return solve(plan.sites, self._problem.model.specs, plan.closed, values, statistics, plan.priors)
 
-    def _e_step(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Mapping[str, Statistics]]:
+    def _e_step(self, values: Mapping[str, Tensor], distinct: int) -> tuple[Tensor, Mapping[str, Statistics]]:
         """For all restarts; those that the tables are too coarse for by running the model."""
         try:
-            return self._tables.e_step(values)
+            found = self._tables.e_step(values)
+            self._coarse = False
+            return found
         except Imprecise as error:
-            coarse = error.restarts
+            self._coarse, copies = True, len(error.restarts) - distinct
+            coarse = error.restarts[:distinct]
         parts = []
         fine = torch.nonzero(~coarse).flatten()
         if len(fine):
@@ -94,6 +101,7 @@ class BatchedStep:
             total, _, own = e_step(self._problem, own_values, self._plan.sites, False)
             parts.append((torch.tensor([total], dtype=torch.float64), own))
         back = torch.cat([fine, alone]).argsort()
+        back = torch.cat([back, back[:1].expand(copies)])
         merged = {n: of_restarts(stacked([own[n] for _, own in parts]), back) for n in parts[0][1]}
         return torch.cat([t.double() for t, _ in parts])[back], merged
 

@@ -222,7 +222,7 @@ class _Batch:
         )
         for step in range(options.max_steps + 1):
             self.run_one._check_tables(step, _picked(values, 0))
-            advanced = self.step(values)
+            advanced = self.step(values, len(self.active))
             keep = self._judge(step, values, advanced.objectives)
             progress.update(step, max(t.objective for t in self.done))
             if not keep or step == options.max_steps:
@@ -265,15 +265,15 @@ class _Batch:
 
     def _kept(self, keep: list[int], solution: Solution) -> Mapping[str, Tensor]:
         """θ of the restarts that go on. Where their number is costly to change, copies of one hold the places of those
-        that left until half are gone."""
+        that left until three in four are gone."""
         if any(bool(h.any()) for h in solution.held.values()):
             for position in keep:
                 _note_floor(self.done[self.active[position]], solution.floored(position))
-        places = len(next(iter(solution.values.values())))
         if len(keep) == len(self.active):
             return solution.values
+        places = len(next(iter(solution.values.values())))
         self.active = [self.active[i] for i in keep]
-        if 2 * len(keep) > places and self.step.is_recorded(places):
+        if 4 * len(keep) > places and self.step.is_recorded(places):
             keep = keep + keep[:1] * (places - len(keep))
         index = torch.tensor(keep)
         return {n: v.index_select(0, index) for n, v in solution.values.items()}
