@@ -28,7 +28,8 @@ from lvmppl.algorithms.remarks import remarks
 from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
-from lvmppl.algorithms.tabulated import Imprecise, Tabulated, tabulate
+from lvmppl.algorithms.tabulated import Imprecise, Tabulated
+from lvmppl.algorithms.tabulation import tabulate
 from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import unvalidated
 from lvmppl.fitted import Fit
