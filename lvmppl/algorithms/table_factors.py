@@ -191,7 +191,7 @@ def sums_of(site: ClosedSite, reading: Reading, q: Named, design: Named) -> Name
 
 
 def as_statistics(site: ClosedSite, reading: Reading, sizes: Mapping[str, int], sums: Named) -> Statistics:
-    """The sums of the design\'s rows, taken apart by statistic."""
+    """The sums of the design's rows, taken apart by statistic."""
     inner = tuple(d for d in events_of(reading) if d in sizes)
     width, lead = prod(sizes[d] for d in inner), sums.dims[:-1]
     s = sums.tensor
