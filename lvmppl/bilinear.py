@@ -265,11 +265,33 @@ def _quadratic(plan: _Plan) -> Tensor | None:
         )  # digits lost in inverting the root
         sharpness = whitener.square().sum(-2) * skeel.detach()
     if not bool((sharpness.detach() * reach.square()).sum(-1).max() <= DIGITS_KEPT):
-        return None
+        plain = kind == "mvn" and not torch.is_grad_enabled() and x.dtype == torch.float64
+        return plan.shaped(_whitened(x - centre, plan, centre, root, whitener)) if plain else None
     product = inner(torch.cat(rows, -1), Design(kind, (x,), centre))
     if plan.family.base is not None:
         product = product + plan.base(plan.family.base(plan.value, {}))
     return plan.shaped(product.to(_dtype(plan)))
+
+
+def _whitened(y: Tensor, plan: _Plan, centre: Tensor, root: Tensor, whitener: Tensor) -> Tensor:
+    """log N(x; m_p, L_p L_pᵀ) [P, N] as −½ |L⁻¹ y − L⁻¹(m − c)|²: only the digits of y, not of its square, are lost."""
+    size = y.shape[-1]
+    shift = (whitener @ (plan.rows(plan.fn.loc, 1).squeeze(1) - centre).unsqueeze(-1)).flatten()  # [P E]
+    columns = whitener.reshape(-1, size).T  # [E, P E]
+    constant = -(2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + size * _LOG_2PI) / 2
+    result = y.new_empty(len(root), len(y))
+    for begin in range(0, len(y), rows := max(1, _CACHED // (len(root) * size))):
+        white = (y[begin : begin + rows] @ columns).sub_(shift).square_()
+        torch.sub(
+            constant,
+            white.unflatten(-1, (len(root), size)).sum(-1),
+            alpha=0.5,
+            out=result.T[begin : begin + rows],
+        )
+    return result
+
+
+_CACHED = 2**17  # entries of a piece: 1 MiB
 
 
 def normal_natural(m: Tensor, precision: Tensor) -> list[Tensor]:

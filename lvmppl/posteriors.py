@@ -27,7 +27,7 @@ from lvmppl.exact.chains import has_chains, split
 from lvmppl.exact.conditionals import conditional, gather
 from lvmppl.exact.elimination import Elimination, Step, eliminate
 from lvmppl.exact.marginals import Marginals
-from lvmppl.exact.named import Named, align
+from lvmppl.exact.named import Named, align, exp_
 from lvmppl.exact.scales import is_one, scale_of
 from lvmppl.posterior_frames import categorical_of, probability_frame
 
@@ -133,7 +133,7 @@ class Posterior:
         for step in self._elimination.tape:
             if step.variable == site and set(step.clique.dims[1:]) <= set(plates):
                 table = align(Named(conditional(step), step.clique.dims), (site, *plates))
-                return table.exp_().expand(-1, *(self.plate_sizes[p] for p in plates))
+                return exp_(table).expand(-1, *(self.plate_sizes[p] for p in plates))
         return None
 
     def _of_its_factor(self, chain: str) -> Tensor | None:

@@ -37,7 +37,7 @@ from lvmppl.algorithms.table_factors import (
 from lvmppl.algorithms.table_rows import entries_of_a_row, rows_of_a_piece, some_rows
 from lvmppl.density import Factor, Values, Variable
 from lvmppl.exact.elimination import eliminate
-from lvmppl.exact.named import Named, add, align, union
+from lvmppl.exact.named import Named, add, align, exp_, union
 from lvmppl.exponential import Reading
 
 _PRECISE = 1e6  # largest squared distance from the reference, in variances, at which squares may be expanded
@@ -252,7 +252,7 @@ def _single(
         joint = joint.expand(*joint.shape[:-1], size)
     top = joint.amax(-2, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
-    weights = (joint - top).exp_()
+    weights = exp_(joint - top)
     norm = weights.sum(-2, keepdim=True)
     log_evidence = (top.sum((-1, -2)) + norm.log().sum((-1, -2))).reshape(-1)
     weights /= torch.where(norm > 0, norm, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,19 @@ def add(terms: Sequence[Named], plates: frozenset[str] = frozenset(), first: str
     return Named(total, dims)
 
 
+def exp_(values: Tensor) -> Tensor:
+    """exp in place; a result below e⁻⁶⁵⁰ (single precision: e⁻⁸⁰) is 0. Closer to the underflow exp takes fifty times as
+    long."""
+    least = _LEAST.get(values.dtype)
+    if least is None:
+        return values.exp_()
+    low, result = least
+    return torch.nn.functional.threshold_(values.clamp_(min=low).exp_(), result, 0.0)
+
+
+_LEAST = {torch.float64: (-650.0, math.exp(-649.9)), torch.float32: (-80.0, math.exp(-79.9))}
+
+
 class _LogSumExp(torch.autograd.Function):
     """log Σ exp along one axis; −∞ where all is −∞, with gradient 0 there (torch's is NaN). Twice differentiable."""
 
@@ -53,7 +67,7 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, axis: int) -> Tensor:
         top = values.amax(axis, keepdim=True)
         top = torch.where(torch.isfinite(top), top, torch.zeros((), dtype=top.dtype, device=top.device))
-        out = (values - top).exp_().sum(axis).log_().add_(top.squeeze(axis))
+        out = exp_(values - top).sum(axis).log_().add_(top.squeeze(axis))
         ctx.save_for_backward(values, out)
         ctx.axis = axis
         return out
@@ -63,7 +77,9 @@ class _LogSumExp(torch.autograd.Function):
         values, out = ctx.saved_tensors
         out = out.unsqueeze(ctx.axis)
         finite = torch.isfinite(out)
-        weights = torch.where(finite, (values - torch.where(finite, out, 0.0)), -torch.inf).exp()
+        weights = torch.where(
+            finite, (values - torch.where(finite, out, 0.0)), -torch.inf
+        ).exp()  # differentiable
         return weights * grads[0].unsqueeze(ctx.axis), None
 
 
