@@ -7,6 +7,7 @@ their optimizer state is updated lazily, and their tail average is kept per row 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,6 +68,29 @@ class _Saved:
     moved: list[tuple[str, Tensor, dict[str, Tensor]]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Pack:
+    """Parameters of one dtype in one vector: every optimizer here works entry by entry (or on all entries as one), so a
+    step, a copy and a check are an operation on one tensor however many parameters there are."""
+
+    flat: Tensor
+    shapes: Mapping[str, torch.Size]
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The parameters as parts of the vector."""
+        parts = flat.split([shape.numel() for shape in self.shapes.values()])
+        return {n: part.view(shape) for part, (n, shape) in zip(parts, self.shapes.items(), strict=True)}
+
+
+def _packed(values: Mapping[str, Tensor]) -> list[_Pack]:
+    packs = []
+    for kind in dict.fromkeys((v.dtype, v.device) for v in values.values()):
+        own = {n: v for n, v in values.items() if (v.dtype, v.device) == kind}
+        flat = torch.cat([v.reshape(-1) for v in own.values()]).requires_grad_()
+        packs.append(_Pack(flat, {n: v.shape for n, v in own.items()}))
+    return packs
+
+
 class Stepper:
     """Unconstrained θ and λ, their optimizer, and one update at a time."""
 
@@ -92,8 +116,10 @@ class Stepper:
         raw = self.coordinates.unconstrain(start)
         self.fixed = {n: v for n, v in start.items() if n not in raw}
         self.tables = {n: specs[n] for n in names if minibatches and specs[n].is_table}
-        self.leaves = {n: v if n in self.tables else v.requires_grad_() for n, v in raw.items()}
-        self.dense = [v for n, v in self.leaves.items() if n not in self.tables]
+        self.packs = _packed({n: v for n, v in raw.items() if n not in self.tables})
+        views = {n: v for pack in self.packs for n, v in pack.views(pack.flat.detach()).items()}
+        self.leaves = {n: views.get(n, v) for n, v in raw.items()}
+        self.dense = [pack.flat for pack in self.packs]
         self.optimizer = make_optimizer(optimizer, self.dense, learning_rate) if self.dense else None
         self.searches = optimizer == "lbfgs"
         self.sparse = {n: RowOptimizer(optimizer, self.leaves[n], spec) for n, spec in self.tables.items()}
@@ -104,10 +130,13 @@ class Stepper:
 
     def values(self, indices: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(constrained values for a batch, the batch's table rows as leaves)."""
+        live = dict(self.leaves)
+        for pack in self.packs:
+            live.update(pack.views(pack.flat))
         if indices is None or not self.sparse:
-            return {**self.fixed, **self.coordinates.constrain(self.leaves)}, {}
+            return {**self.fixed, **self.coordinates.constrain(live)}, {}
         rows = {n: s.select(indices).requires_grad_() for n, s in self.sparse.items()}
-        return {**self.fixed, **self.coordinates.constrain({**self.leaves, **rows})}, rows
+        return {**self.fixed, **self.coordinates.constrain({**live, **rows})}, rows
 
     def full_values(self) -> dict[str, Tensor]:
         """All constrained values, detached."""
@@ -214,10 +243,10 @@ class Stepper:
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite: torch's own check of a gradient scaler, with scale 1, is one pass over all."""
-    found = gradients[0].new_zeros(1, dtype=torch.float32)
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
-    return not found.item()
+    """Whether no entry is NaN or infinite: a sum with one is not finite either; where it merely overflows, entries decide."""
+    if all(math.isfinite(g.sum().item()) for g in gradients):
+        return True
+    return all(bool(torch.isfinite(g).all()) for g in gradients)
 
 
 def _copy(to: list[Tensor], values: list[Tensor]) -> None:
