@@ -243,7 +243,7 @@ class Stepper:
 
 
 def _all_finite(gradients: list[Tensor]) -> bool:
-    """Whether no entry is NaN or infinite: a sum with one is not finite either; where it merely overflows, entries decide."""
+    """Whether no entry is NaN or infinite: a sum with one is not finite either; where it overflows, entries decide."""
     if all(math.isfinite(g.sum().item()) for g in gradients):
         return True
     return all(bool(torch.isfinite(g).all()) for g in gradients)
