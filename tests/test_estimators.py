@@ -359,6 +359,55 @@ def test_kl_weight_and_free_bits_change_the_gradient_and_not_the_bound() -> None
     torch.testing.assert_close(barely, plain, rtol=1e-12, atol=0)
 
 
+def state_above(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(torch.tensor(0.4, dtype=F64)), infer={"enumerate": "parallel"})
+        z = pyro.sample("z", dist.Normal(1.5 * c - 1, 1.0))
+        pyro.sample("x", dist.Normal(z, 0.7), obs=x)
+
+
+def state_above_guide(x: Tensor) -> None:
+    odds = pyro.param("odds", torch.tensor(0.2, dtype=F64))
+    shift = pyro.param("shift", torch.tensor(0.5, dtype=F64))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Bernoulli(logits=odds * x))
+        pyro.sample("z", dist.Normal(0.3 * x + shift * c, 0.8))
+
+
+def state_above_bound(values: Mapping[str, Tensor], samples: int) -> Tensor:
+    """Quadrature over the draws below both states and over pairs of them: log w_k is E over the state."""
+    assert samples == 2
+    nodes, weights = np.polynomial.hermite_e.hermegauss(30)
+    e, p = torch.tensor(nodes, dtype=F64), torch.tensor(weights / weights.sum(), dtype=F64)
+    total = torch.zeros((), dtype=F64)
+    for x in X:
+        own = []
+        for c in (0, 1):
+            log_q = torch.nn.functional.logsigmoid((2 * c - 1) * values["odds"] * x)
+            mean = 0.3 * x + values["shift"] * c
+            z = mean + 0.8 * e
+            log_w = math.log(0.4 if c else 0.6) + dist.Normal(1.5 * c - 1.0, 1.0).log_prob(z)
+            log_w = log_w + dist.Normal(z, 0.7).log_prob(x) - log_q - dist.Normal(mean, 0.8).log_prob(z)
+            own.append(log_q.exp() * log_w)
+        both, share = (own[0].unsqueeze(-1) + own[1]).flatten(), (p.unsqueeze(-1) * p).flatten()
+        pairs = torch.logaddexp(both.unsqueeze(-1), both) - math.log(2)
+        total = total + (pairs * share.unsqueeze(-1) * share).sum()
+    return total
+
+
+SETTINGS["state_above"] = (state_above, state_above_guide, state_above_bound)
+
+
+def test_mean_importance_weighted_gradient_below_a_summed_state_equals_exact_gradient() -> None:
+    with isolated(3, F64):
+        problem = problem_of("state_above")
+        objective = {"use": "importance_weighted", "num_samples": 2}
+        _, found, bounds = gradients(problem, 40, num_particles=500, objective=objective)
+        gradient, bound = exact("state_above", problem, 2)
+    assert_mean(found, gradient)
+    assert_mean(bounds, bound)
+
+
 # -------------------------------------------------------------------------------------------------------- draws
 
 

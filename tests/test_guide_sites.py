@@ -283,3 +283,23 @@ def test_values_that_follow_a_draw_are_no_points(guide: Any) -> None:
     fit = lvmppl.fit(global_scale, {"x": X}, algorithm="svi", guide=guide, max_steps=2)
     assert math.isfinite(fit.elbo) and fit.message == ""
     assert set(fit.history["objective_kind"]) == {"elbo"}
+
+
+@pytest.mark.parametrize("algorithm", ["svi", "vem"])
+def test_sd_of_a_site_far_from_zero_is_that_of_q_in_single_precision(algorithm: str) -> None:
+    x = torch.tensor([5010.0, 4900.0, 5100.0])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(5000.0, 100.0))
+            pyro.sample("x", dist.Normal(z, 0.1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        width = pyro.param("width", torch.tensor(0.1), constraint=dist.constraints.positive)
+        with pyro.plate("data", len(x)):
+            loc = pyro.param("loc", x.clone(), event_dim=0)
+            pyro.sample("z", dist.Normal(loc, width))
+
+    fit = lvmppl.fit(model, {"x": x}, algorithm=algorithm, guide=guide, max_steps=1, freeze=["loc", "width"])
+    assert fit.moments["z"].dtype == torch.float32
+    torch.testing.assert_close(fit.moments["z"][1], torch.full((3,), 0.1), rtol=0.2, atol=0)

@@ -337,3 +337,14 @@ def test_mean_error_of_a_datum_is_its_distance_in_reference_deviations(reference
     ratios = agreement(referenced.fits["one"])
     ratio = ratios.loc[ratios["site"] == "w", "sd_ratio"].to_numpy(dtype=float)
     assert ratio == pytest.approx((q["sd"] / p["sd"]).to_numpy(dtype=float), rel=1e-9)
+
+
+def test_support_that_moves_with_another_site_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Gamma(torch.tensor(3.0), torch.tensor(1.0)))
+        z = pyro.sample("z", dist.Uniform(torch.tensor(0.0), a))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(InputError, match="z, whose support moves"):
+        lvmppl.fit(model, {"x": rows(4)}, "mcmc", num_samples=5, warmup=5)

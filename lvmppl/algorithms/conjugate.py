@@ -209,7 +209,7 @@ class Member:
     def moments(self) -> Tensor:
         """E z and E z², [2, *batch, *event]."""
         shape = (*self.batch, *self.event)
-        mean, variance = self.base.mean.reshape(shape), self.base.variance.reshape(shape)
+        mean, variance = self.base.mean.reshape(shape).double(), self.base.variance.reshape(shape).double()
         return torch.stack([mean, variance + mean.square()])
 
     def probes(self) -> Tensor:

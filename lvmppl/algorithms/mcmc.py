@@ -128,6 +128,22 @@ class LogDensity:
             s.name: biject_to(views[s.name].fn.support) for s in self.sites
         }
         self.shapes = {s.name: self._shape(s) for s in self.sites}
+        self._check_supports()
+
+    def _check_supports(self) -> None:
+        """One change of coordinates serves a whole chain, so no support may move with the draws of other sites."""
+        with torch.no_grad():
+            again = self.problem.model.view(self.data, self.values, self.rows)[0]
+        for name, transform in self.transforms.items():
+            u = torch.zeros(self.shapes[name])
+            first, second = transform(u), biject_to(again[name].fn.support)(u)
+            if first.shape != second.shape or not torch.equal(first, second):
+                raise InputError(
+                    "algorithm mcmc",
+                    "sites whose support is the same at all values of the others",
+                    f"{name}, whose support moves with another latent site",
+                    "draw it on a fixed support and rescale it, such as a * Uniform(0, 1)",
+                )
 
     def _shape(self, site: SiteInfo) -> torch.Size:
         """Of u: the batch axes of the site, then what the transform makes of the event."""

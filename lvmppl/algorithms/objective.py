@@ -170,7 +170,9 @@ class Objective:
         assert self.num_samples is not None
         plate = self.problem.data_plate
         paths: list[tuple[Tensor, Tensor]] = []
-        if not torch.is_grad_enabled() or self.scores or not self.drawn:
+        # ∂ log w/∂z of a draw below a summed state carries q of the state, and its square is not what the score leaves
+        mixed = any(c.estimator == "enumeration" for c in self.choices)
+        if not torch.is_grad_enabled() or self.scores or mixed or not self.drawn:
             draws = self._draws(data, values, rows, drawing)
         else:
             turns = drawing.particles if self.looped else 1

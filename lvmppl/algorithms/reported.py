@@ -95,6 +95,7 @@ class _Piece:
         self.first: dict[str, Tensor] = {}
         self.second: dict[str, Tensor] = {}
         self.last: Evaluation | None = None
+        self.dtype = torch.float64  # of the moments handed out
 
     def add(self, evaluation: Evaluation) -> None:
         """Count one draw."""
@@ -105,6 +106,7 @@ class _Piece:
             self.per_datum = bound.per_datum if self.per_datum is None else self.per_datum + bound.per_datum
         for name in (*evaluation.samples, *evaluation.moments):
             if name in self.problem.model.structure.sites:
+                self.dtype = evaluation.guide_factors[0].log_prob.dtype
                 first, second = _powers(self.problem, evaluation, name)
                 self.first[name] = self.first[name] + first if name in self.first else first
                 self.second[name] = self.second[name] + second if name in self.second else second
@@ -118,7 +120,7 @@ class _Piece:
         """Mean and sd of a site over this piece's draws, [2, *plates, *event]."""
         centre = self.first[name] / len(self.totals)
         spread = (self.second[name] / len(self.totals) - centre.square()).clamp_min(0).sqrt()
-        return torch.stack([centre, spread])
+        return torch.stack([centre, spread]).to(self.dtype)
 
 
 def _powers(problem: Problem, evaluation: Evaluation, name: str) -> tuple[Tensor, Tensor]:
@@ -127,7 +129,7 @@ def _powers(problem: Problem, evaluation: Evaluation, name: str) -> tuple[Tensor
     if name in evaluation.moments:
         value, square = evaluation.moments[name]
     else:
-        value = evaluation.samples[name]
+        value = evaluation.samples[name].double()  # E z² − (E z)² loses the digits that single precision has
         square = value.square()
     site = problem.model.structure.sites[name]
     events = tuple(f"·event{i}" for i in range(len(site.event_shape)))
