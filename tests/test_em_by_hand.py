@@ -7,12 +7,14 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import em_table_models  # noqa: F401  (adds its models to CASES)
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from em_models import CASES, ENUMERATE
+from em_updates import UPDATES as MORE
 from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
@@ -141,7 +143,7 @@ UPDATES: list[Update] = [
 ]
 
 
-@pytest.mark.parametrize("update", UPDATES, ids=lambda u: u.__name__)
+@pytest.mark.parametrize("update", [*UPDATES, *MORE], ids=lambda u: u.__name__)
 def test_em_step_equals_the_textbook_update(update: Update) -> None:
     case = CASES[update.__name__]
     data = case.data()

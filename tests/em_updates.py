@@ -1,17 +1,11 @@
-"""One EM step beside the textbook update in numpy, for tables that repeat entries and for ways to spell a parameter."""
+"""Textbook updates of EM in numpy, for tables that repeat entries and for ways to spell a parameter."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import em_table_models  # noqa: F401  (adds its models to CASES)
 import numpy as np
-import pytest
-from em_models import CASES
 from scipy import special, stats
-
-import lvmppl
-from lvmppl.algorithms.problem import build_problem
 
 Values = dict[str, np.ndarray]
 Update = Callable[[Values, Values], Values]
@@ -135,16 +129,3 @@ UPDATES: list[Update] = [
     partly_masked,
     chosen_by_the_data,
 ]
-
-
-@pytest.mark.parametrize("update", UPDATES, ids=lambda u: u.__name__)
-def test_em_step_equals_the_textbook_update(update: Update) -> None:
-    case = CASES[update.__name__]
-    data = case.data()
-    start = {k: v.detach().numpy() for k, v in build_problem("start", case.model, data).initial.items()}
-    expected = update(start, {k: v.numpy() for k, v in data.items()})
-    fit = lvmppl.fit(case.model, data, algorithm="em", max_steps=1, tolerance=0)
-    assert set(expected) == case.closed
-    for name, value in expected.items():
-        np.testing.assert_allclose(fit.parameters[name], value, rtol=1e-9, atol=1e-12, err_msg=name)
-        assert not np.allclose(start[name], value, rtol=1e-4), name
