@@ -15,6 +15,7 @@ import torch
 from scipy.special import digamma, gammaln
 from sklearn.datasets import load_iris
 from torch import Tensor
+from torch.distributions import constraints
 
 import lvmppl
 from lvmppl.algorithms.closed_phases import closed_phases
@@ -273,3 +274,23 @@ def test_structured_mean_field_lies_between_independent_steps_and_the_evidence(
     assert steps.elbo + 0.1 < chains.elbo < chains.log_evidence - 0.01
     for fit in (chains, steps):  # the divergence of the two posteriors is what the bound lacks
         assert total_gap(fit) == pytest.approx(fit.log_evidence - fit.elbo, abs=1e-8)
+
+
+@pytest.mark.parametrize("bend", [torch.tanh, lambda z: z.clamp(min=-0.5)], ids=["tanh", "clamp"])
+def test_log_density_that_bends_away_from_a_narrow_start_has_no_closed_form(bend: Any) -> None:
+    """Around a q of scale 1e-4 every smooth log p is linear in z and z² to the digits that there are."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(bend(z), 0.5), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            loc = pyro.param("m", torch.zeros_like(x), event_dim=0)
+            scale = pyro.param("s", torch.full_like(x, 1e-4), constraint=constraints.positive, event_dim=0)
+            pyro.sample("z", dist.Normal(loc, scale))
+
+    x = torch.tensor([0.3, -1.2, 2.0, 0.7], dtype=torch.float64)
+    fit = lvmppl.fit(model, {"x": x}, algorithm="vem", guide=guide, max_steps=3)
+    assert [step.how for step in fit.e_step] == ["gradient"] and fit.elbo_error > 0

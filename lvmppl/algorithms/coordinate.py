@@ -55,9 +55,12 @@ class CoordinatePlan:
         return len(self.blocks) == 1 and self.blocks[0].kind != STEPS
 
     def by_gradient(self, why: str) -> CoordinatePlan:
-        """The plan with every site left to the gradient."""
+        """The plan with every site left to the gradient, its continuous ones drawn again."""
+        problem = self.problem
+        if isinstance(problem.guided, IntegratedJoint):
+            problem = replace(problem, guided=problem.guided.base)
         steps = tuple(s if s.how == "fixed" else EStep(s.site, "gradient", why) for s in self.steps)
-        return CoordinatePlan(self.problem, (), steps)
+        return CoordinatePlan(problem, (), steps)
 
 
 def plan_e_step(problem: Problem, refusal: str = "") -> CoordinatePlan:
@@ -191,9 +194,24 @@ class _Trial:
             return False
         natural = sweep.natural(site)
         shape = (*member.batch, *member.event)
-        draws = torch.stack([member.base.sample().reshape(shape) for _ in range(_CHECKS)])
+        near = [member.base.sample().reshape(shape) for _ in range(_CHECKS)]
+        draws = torch.stack([*near, *(_far(draw, member) for draw in near)])
         found = natural.fits(draws, sweep.gradients(site, draws))
         return found and is_proper(natural.optimum(sweep.scale(site, member)))
+
+
+def _far(draw: Tensor, member: Member) -> Tensor:
+    """A point well away from q, however narrow it starts: what bends only there is not linear either."""
+    noise = torch.randn_like(draw)
+    family = type(member.base).__name__
+    if family in ("Normal", "MultivariateNormal"):
+        spread: Tensor = member.base.stddev.reshape(draw.shape).clamp_min(1.0)
+        return draw + 3.0 * spread * noise
+    if family in ("LogNormal", "Gamma"):
+        return draw * noise.exp()
+    if family == "Beta":
+        return torch.sigmoid(2.0 * noise)
+    return torch.softmax(2.0 * noise, -1) if family == "Dirichlet" else draw
 
 
 def _meetings(problem: Problem, joint: IntegratedJoint, sites: Sequence[str]) -> dict[str, frozenset[str]]:

@@ -75,7 +75,7 @@ class IntegratedJoint(Joint):
 
     def __init__(self, base: Joint, design: Design) -> None:
         super().__init__(base.model, base.structure, base.guide, base.guide_structure)
-        self.design = design
+        self.base, self.design = base, design
 
     def evaluate(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None

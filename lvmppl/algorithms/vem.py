@@ -169,9 +169,23 @@ class _Alternation:
         checked = self.closed.checked(self.values())
         if checked.m.steps == self.closed.m.steps:
             checked = self.closed.without_closed_forms(f"an update lowered the ELBO to {objective:.6f}")
+        values = self.values()
         self.closed = checked
-        self._make_steppers(self.values())
+        if checked.problem is not self.problem:
+            self._draw_again(checked.problem)
+        self._make_steppers(values)
+        if self.noisy:
+            self.begin_average()
         return False
+
+    def _draw_again(self, problem: Problem) -> None:
+        """Without closed forms the continuous sites of q are drawn: their bound is an estimate."""
+        assert problem.guided is not None
+        self.problem, self.joint = problem, problem.guided
+        self.bound = Objective(problem, self.options)
+        self.noisy = self.small or self.bound.drawn
+        enumerated = all(c.estimator == "enumeration" for c in self.bound.choices)
+        self.enumerated = not self.noisy and self.bound.exact and enumerated
 
     def _e_phase(self, step: int, factor: float) -> None:
         if not self.enumerated:
@@ -229,6 +243,7 @@ def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple
         found = state.watch.best_values
         trajectory.values = state.averaged_values() if found is None else found
         trajectory.objective = trajectory.tail_mean()
+    trajectory.estimators = state.bound.report
     trajectory.values = state.watch.completed(trajectory.values or dict(state.start))
     if not diverged and state.closed.e.blocks and not state.noisy:
         trajectory.values = {**trajectory.values, **state.closed.e_phase(trajectory.values)}

@@ -54,7 +54,7 @@ def exp_(values: Tensor) -> Tensor:
     if least is None:
         return values.exp_()
     low, result = least
-    return torch.nn.functional.threshold_(values.clamp_(min=low).exp_(), result, 0.0)
+    return torch.threshold_(values.clamp_(min=low).exp_(), result, 0.0)
 
 
 _LEAST = {torch.float64: (-650.0, math.exp(-649.9)), torch.float32: (-80.0, math.exp(-79.9))}
