@@ -9,9 +9,10 @@ class InputError(ValueError):
     The message reads ``where: expected …, got …; what to do``. The commands print it alone and exit with status 2.
     """
 
-    def __init__(self, where: str, expected: str, got: str, fix: str = "") -> None:
+    def __init__(self, where: str, expected: str = "", got: str = "", fix: str = "") -> None:
         self.where, self.expected, self.got, self.fix = where, expected, got, fix
-        message = f"{where}: expected {expected}, got {got}"
+        # Pyro's tracer makes an error anew from its message and a table of shapes
+        message = f"{where}: expected {expected}, got {got}" if expected else where
         super().__init__(f"{message}; {fix}" if fix else message)
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str, str]]:

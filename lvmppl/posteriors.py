@@ -416,6 +416,13 @@ class Posterior:
                 f"shape {tuple(value.shape)}",
             )
         value = value if lead else value.unsqueeze(0)
+        wanted = [self.plate_sizes[p] for p in variable.plates] + ([variable.steps] if variable.steps else [])
+        if list(value.shape[1 : 1 + len(wanted)]) != wanted:
+            raise InputError(
+                f"log_prob: site '{name}'",
+                f"values of shape {tuple(wanted)}, perhaps with a sample axis before it",
+                f"shape {tuple(value.shape[1 - lead :])}",
+            )
         if variable.steps is not None:
             if bool((value < 0).any()) or bool((value >= variable.size).any()):
                 raise InputError(

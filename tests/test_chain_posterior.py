@@ -249,6 +249,37 @@ def test_observation_of_a_whole_sequence_is_refused() -> None:
         lvmppl.posterior(model, {"x": X})
 
 
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda z: z.roll(1, -1),
+        lambda z: z.flip(-1),
+        lambda z: z.cumsum(-1) % 2,
+        lambda z: torch.diff(z, dim=-1, prepend=z[..., :1]).abs().clamp(max=1),
+        lambda z: (z.sum(-1, keepdim=True) > 2).long().expand(z.shape),
+    ],
+    ids=["roll", "flip", "cumsum", "diff", "sum"],
+)
+@pytest.mark.parametrize("steps", [2, 3, 9])
+def test_observation_of_other_steps_than_its_own_is_refused(moved: Any, steps: int) -> None:
+    x = torch.randn(11, steps, dtype=torch.float64, generator=torch.Generator().manual_seed(steps))
+    loc, state = (
+        torch.tensor([-1.0, 1.5, 0.3], dtype=torch.float64),
+        (torch.full((3,), 1 / 3), torch.full((3, 3), 1 / 3)),
+    )
+
+    def model(x: Tensor, moved: Any = moved) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(*state, steps), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[moved(z)], 1.0).to_event(1), obs=x)
+
+    with pytest.raises(
+        ModelError, match=r"site 'x': expected to depend at step t on the state of the chain z"
+    ):
+        lvmppl.posterior(model, {"x": x})
+    lvmppl.posterior(functools.partial(model, moved=lambda z: z), {"x": x})
+
+
 def test_gradient_ascent_and_em_agree_on_a_hidden_markov_model() -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randint(0, 4, (12, 8), generator=generator)

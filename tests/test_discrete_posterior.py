@@ -270,6 +270,41 @@ def test_emission_of_another_scale_than_its_chain_is_refused() -> None:
         exact(model, x=normal(2, 3))
 
 
+@pytest.mark.parametrize("which", ["initial", "transition"])
+def test_chain_whose_weights_depend_on_another_chain_is_refused(which: str) -> None:
+    starts, moves = table(2, 3), table(2, 1, 3, 3)
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            w = pyro.sample("w", MarkovChain(table(2), table(2, 2), 3), infer=ENUMERATED)[..., 0]
+            own = (starts[w], MOVE) if which == "initial" else (START, moves[w])
+            z = pyro.sample("z", MarkovChain(*own, 3), infer=ENUMERATED)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0).to_event(1), obs=x)
+
+    with pytest.raises(IntractableError, match=r"chain 'z': .* depend on no other chain, got .* on w; write"):
+        exact(model, x=normal(2, 3))
+
+
+def test_refusal_of_a_chain_keeps_its_message_under_plain_pyro() -> None:
+    def model() -> None:
+        z = pyro.sample("z", dist.Categorical(GLOBAL))
+        pyro.sample("path", MarkovChain(START, MOVE[:, :2] * z, 3))
+
+    with pytest.raises(InputError, match="MarkovChain transition: expected shape ending in"):
+        poutine.trace(model).get_trace()
+
+
+def test_log_prob_of_values_of_another_shape_is_refused() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(PRIOR), infer=ENUMERATED)
+            pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=x)
+
+    post = exact(model, x=normal(4))
+    with pytest.raises(InputError, match=r"site 'z': expected values of shape \(4,\), .* got shape \(4, 1\)"):
+        post.log_prob({"z": torch.zeros(4, 1, dtype=torch.long)})
+
+
 def test_site_of_a_plate_inside_a_chain_is_refused() -> None:
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x), dim=-2):

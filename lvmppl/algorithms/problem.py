@@ -20,6 +20,7 @@ from lvmppl.density import (
     Structure,
     Values,
     build_guide,
+    check_steps,
     discover,
     is_autoguide,
     num_rows,
@@ -174,6 +175,7 @@ def build_problem(
         known = f"parameters of the model or guide ({', '.join(initial) or 'there are none'})"
         raise InputError("freeze", known, ", ".join(map(shown, unknown)), nearest(unknown[0], initial))
     joint = Joint(program, structure)
+    check_steps(joint, data, initial)
     return Problem(
         name,
         joint,

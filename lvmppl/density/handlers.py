@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,6 +16,8 @@ from torch.distributions.constraints import Constraint
 from lvmppl.density.structure import Drawing, ParameterSpec, Rows, Values
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import ModelError
+
+Shifts = Callable[[int, int], Tensor]
 
 
 class Parameters(Messenger):
@@ -213,8 +215,8 @@ class EnumeratedChain(dist.TorchDistribution):
     arg_constraints: dict[str, Constraint] = {}  # noqa: RUF012 - torch's own protocol
     has_enumerate_support = True
 
-    def __init__(self, chain: MarkovChain) -> None:
-        self.chain = chain
+    def __init__(self, chain: MarkovChain, shifts: Shifts | None = None) -> None:
+        self.chain, self.shifts = chain, shifts
         super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
 
     @property
@@ -223,14 +225,24 @@ class EnumeratedChain(dist.TorchDistribution):
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         states = torch.arange(self.chain.states, device=self.chain.log_initial.device)
-        return states.reshape(-1, *[1] * len(self.batch_shape), 1)
+        states = states.reshape(-1, *[1] * len(self.batch_shape), 1)
+        if self.shifts is None:
+            return states
+        return (
+            states + self.shifts(self.chain.num_steps, self.chain.states).to(states.device)
+        ) % self.chain.states
 
 
 class EnumerateChains(Messenger):
     """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own.
 
-    An enumerated site keeps its prior whatever mask it stands under.
+    An enumerated site keeps its prior whatever mask it stands under. shifts: (T, K) → [T], added to the states modulo K,
+    for a probe of what depends on which step.
     """
+
+    def __init__(self, shifts: Shifts | None = None) -> None:
+        super().__init__()
+        self.shifts = shifts
 
     def _pyro_sample(self, msg: Any) -> None:
         infer = msg["infer"]
@@ -238,7 +250,7 @@ class EnumerateChains(Messenger):
             return
         _unmask(msg)
         if isinstance(msg["fn"], MarkovChain):
-            msg["fn"] = EnumeratedChain(msg["fn"])
+            msg["fn"] = EnumeratedChain(msg["fn"], self.shifts)
 
 
 def _unmask(msg: Any) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from lvmppl.density import Factor, Variable, chain_axes, time_axis
-from lvmppl.errors import ModelError
+from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.chain_groups import Group, build_group
 
 
@@ -49,8 +49,14 @@ def split(
     }
     touching = [{owner[d] for d in f.dims if d in owner} for f in factors]
     for f, names in zip(factors, touching, strict=True):
-        own = f.site in chains or f.site.removesuffix("·transition") in chains
-        if names and not own and not any(d == time_axis(chains[n].steps or 0) for n in names for d in f.dims):
+        own = f.site.removesuffix("·transition")
+        if own in chains:
+            _check_alone(own, names)
+        if (
+            names
+            and own not in chains
+            and not any(d == time_axis(chains[n].steps or 0) for n in names for d in f.dims)
+        ):
             raise ModelError(
                 f"site '{f.site}'",
                 f"to depend on the chain {', '.join(sorted(names))} step by step, its steps the first event axis",
@@ -72,3 +78,15 @@ def split(
         for g in groups
     ]
     return rest, built
+
+
+def _check_alone(chain: str, touched: set[str]) -> None:
+    """The initial and the transition factor of a chain hold no other: its table would change with the other's states."""
+    others = sorted(touched - {chain})
+    if others:
+        raise IntractableError(
+            f"chain '{chain}'",
+            "initial and transition weights that depend on no other chain",
+            f"a dependence on {', '.join(others)}",
+            "write a single chain over the product of their states, or a pyro.markov loop",
+        )
