@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lvmppl.errors import InputError, IntractableError, ModelError
     from lvmppl.fitted import Fit, load_fit
     from lvmppl.inference import fit, posterior, variational_posterior
+    from lvmppl.labels import partly_observed
     from lvmppl.posteriors import Posterior
     from lvmppl.runner import Run, run
 
@@ -30,6 +31,7 @@ _HOMES = {
     "Run": "lvmppl.runner",
     "fit": "lvmppl.inference",
     "load_fit": "lvmppl.fitted",
+    "partly_observed": "lvmppl.labels",
     "posterior": "lvmppl.inference",
     "run": "lvmppl.runner",
     "variational_posterior": "lvmppl.inference",
@@ -44,6 +46,7 @@ __all__ = [
     "Run",
     "fit",
     "load_fit",
+    "partly_observed",
     "posterior",
     "run",
     "variational_posterior",

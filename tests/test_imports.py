@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # part -> (its modules, the parts it may import, packages it may not import, not even inside a function)
 HEAVY = "torch pyro pandas"
 PARTS: dict[str, tuple[str, str, str]] = {
-    "face": ("lvmppl", "errors results inference runner", ""),
+    "face": ("lvmppl", "errors results distributions inference runner", ""),
     "cli": ("lvmppl.__main__ lvmppl.cli", "errors spec catalogue scaffold runner cli", "torch pyro yaml"),
     "scaffold": ("lvmppl.scaffold", "errors options", HEAVY),
     "runner": (
@@ -56,7 +56,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "yaml pandas",
     ),
     "distributions": (
-        "lvmppl.distributions lvmppl.distributions.* lvmppl.gaussian_chain",
+        "lvmppl.distributions lvmppl.distributions.* lvmppl.gaussian_chain lvmppl.labels",
         "errors exact distributions",
         "yaml pandas",
     ),
