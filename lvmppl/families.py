@@ -96,9 +96,34 @@ def unexpanded(tensor: Tensor, event_dim: int = 0) -> Tensor:
     if not axes:
         return tensor
     if tensor.requires_grad and torch.is_grad_enabled():
+        if _is_plain_view(tensor):
+            sizes = [1 if a in axes else size for a, size in enumerate(tensor.shape)]
+            return tensor._base.as_strided(sizes, tensor.stride(), tensor.storage_offset())  # type: ignore[union-attr]
         narrow: Tensor = _Narrowed.apply(tensor, axes)  # type: ignore[no-untyped-call]
         return narrow
     return _first_of(tensor, axes)
+
+
+_VIEWS = frozenset(
+    f"{name}Backward0"
+    for name in ("Expand", "View", "Unsqueeze", "Squeeze", "Permute", "Transpose", "Slice", "Select")
+)
+
+
+def _is_plain_view(tensor: Tensor) -> bool:
+    """Whether a tensor came from what it is a view of by torch's own views alone.
+
+    Its entries can then be read there: the gradient of `expand` would sum over the whole broadcast. A view that a function
+    of the user's made (one that reverses gradients) is no plain one.
+    """
+    base, node = tensor._base, tensor.grad_fn
+    if base is None or base.dtype != tensor.dtype:
+        return False
+    while node is not None and node.name() in _VIEWS:
+        node = node.next_functions[0][0]
+        if node is not None and (node is base.grad_fn or getattr(node, "variable", None) is base):
+            return True
+    return False
 
 
 def _first_of(tensor: Tensor, axes: Sequence[int]) -> Tensor:

@@ -282,8 +282,8 @@ class EMOptions(ExactOptions):
 class VEMOptions(VariationalOptions):
     """Variational EM: `e_steps` updates of λ, then `m_steps` of θ, in turn.
 
-    e_step, m_step: `auto` is a closed form wherever there is one, `gradient` none. A sweep of closed forms over q's sites
-    counts as one update.
+    e_step, m_step: `auto` is a closed form wherever there is one, `gradient` none. A sweep of closed forms over q's local
+    sites counts as one update; its global sites have one a round.
     """
 
     algorithm: Literal["vem"] = "vem"

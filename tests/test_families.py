@@ -61,3 +61,27 @@ def test_gradient_of_a_repeated_distribution_equals_torchs_and_stays_small(
     torch.testing.assert_close(found.expand(K, N), plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
     assert largest.bytes <= 8 * K * N  # the log-densities themselves, and nothing of size K × N × V
+
+
+class _Reversed(torch.autograd.Function):
+    """The identity, as a view, with the gradient of its negative."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -grads[0]
+
+
+def test_gradient_of_a_repeated_view_equals_that_of_the_functions_it_came_by() -> None:
+    weights = torch.tensor([[0.2, 0.3, 0.5], [0.6, 0.1, 0.3]], dtype=torch.float64)
+    value = torch.tensor([0, 2, 1, 1])
+    for through, sign in ((lambda t: t, 1.0), (_Reversed.apply, -1.0)):
+        leaf = weights.clone().requires_grad_()
+        logits = through(leaf).T.T[:, None].expand(2, 4, 3)
+        log_density(dist.Categorical(logits=logits, validate_args=False), value).sum().backward()
+        plain = weights.clone().requires_grad_()
+        plain.log_softmax(-1)[:, value].sum().backward()
+        torch.testing.assert_close(leaf.grad, sign * plain.grad)

@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.coordinate import CoordinatePlan, Sweep, plan_e_step
-from lvmppl.algorithms.guide_fields import CONTINUOUS
+from lvmppl.algorithms.coordinate import plan_e_step
+from lvmppl.algorithms.guide_fields import CONTINUOUS, Block
 from lvmppl.algorithms.guided_step import guided_e_step
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.sweep import CoordinatePlan, Sweep
 from lvmppl.density import derive_seed
 from lvmppl.fitted import MStep
 from lvmppl.options import VEMOptions
@@ -38,10 +39,10 @@ class ClosedPhases:
         return self.e.problem
 
     def e_phase(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The λ of closed forms after `e_steps` sweeps (one where that is the maximum)."""
+        """The λ of closed forms after one sweep over the global ones and `e_steps` over the local."""
         if not self.e.blocks:
             return {}
-        done = Sweep(self.e, values).run(1 if self.e.is_exact_at_once else self.sweeps)
+        done = Sweep(self.e, values).run(self.sweeps)
         return {n: done[n] for n in self.e.names}
 
     def m_phase(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
@@ -61,21 +62,47 @@ class ClosedPhases:
         return replace(self, e=self.e.by_gradient(why), m=self.m.demote(self.m.closed, why))
 
     def scattered(self, restart: int) -> dict[str, Tensor]:
-        """λ at random responsibilities, where the sites of q are updated from one another: equal ones would stay equal."""
+        """A random start of q, where its sites are updated from one another: equal ones would stay equal.
+
+        Where q has global continuous sites and local ones, the global ones near their start (positive parameters within
+        about a tenth, locations within about one standard deviation), and the local ones after `e_steps` sweeps given
+        these. Else responsibilities at random.
+        """
         tables = [b for b in self.e.blocks if b.kind != CONTINUOUS]
         if len(tables) == len(self.e.blocks):
             return {}
         seed = derive_seed(self.problem.seed, self.problem.name, restart, "λ")
         generator = torch.Generator().manual_seed(seed)
-        result: dict[str, Tensor] = {}
+        values, result = self.problem.initial, dict[str, Tensor]()
+        outer = [b for b in self.e.outer if b.kind == CONTINUOUS]
+        if outer and self.e.local:
+            for block in outer:
+                result.update(block.write(_shaken(block, values, generator), values))
+            local = replace(self.e, blocks=self.e.local)
+            done = Sweep(local, {**values, **result}).run(self.sweeps)
+            return result | {n: done[n] for n in local.names}
         for block in tables:
             for held in block.held.values():
-                like = held.spelling.apply(self.problem.initial[held.name])
+                like = held.spelling.apply(values[held.name])
                 uniform = torch.rand(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
                 weights = torch.log(uniform).neg().pow(4)
                 share = weights / weights.sum(-1, keepdim=True) if held.spelling.unit else uniform
-                result[held.name] = held.write(share, self.problem.initial)
+                result[held.name] = held.write(share, values)
         return result
+
+
+def _shaken(block: Block, values: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """The fields of a continuous site of q, each a little beside what it is."""
+    fields = {key: held.spelling.apply(values[held.name]) for key, held in block.held.items()}
+    sd = fields["precision"].rsqrt().reshape(fields["loc"].shape) if "precision" in fields else 1.0
+    result = {}
+    for key, field in fields.items():
+        noise = torch.randn(field.shape, generator=generator, dtype=torch.float64).to(field.dtype)
+        if key == "loc":
+            result[key] = field + sd * noise
+        else:
+            result[key] = field if key == "covariance" else field * (0.1 * noise).exp()
+    return result
 
 
 def closed_phases(problem: Problem, options: VEMOptions) -> ClosedPhases:

@@ -10,8 +10,8 @@ Shapes: P points of a design.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import lcm, prod
 
 import torch
@@ -28,11 +28,13 @@ MAX_POINTS = 256  # points at which a model is run for one expectation
 class Design:
     """How the points of the continuous sites are combined.
 
-    meets: by site, the others that some factor holds beside it. coupled: Gaussian sites whose elements meet.
+    meets: by site, the others that some factor holds beside it. coupled: Gaussian sites whose elements meet. holders: by
+    site, the model's sites whose factors hold it.
     """
 
     meets: Mapping[str, frozenset[str]]
     coupled: frozenset[str] = frozenset()
+    holders: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def members(self, views: Mapping[str, SiteView]) -> dict[str, Member]:
         """q of each continuous site."""
@@ -112,16 +114,36 @@ class IntegratedJoint(Joint):
             sample_axes=axes,
         )
 
-    def expected_factors(self, data: Values, values: Values, rows: Rows | None = None) -> Evaluation:
-        """E_q of the model's log-factors over the continuous sites."""
+    def expected_factors(
+        self, data: Values, values: Values, rows: Rows | None = None, sites: Iterable[str] | None = None
+    ) -> Evaluation:
+        """E_q of the model's log-factors over the continuous sites; of these sites alone, where some are named."""
         members = self.design.members(self.view_guide(data, values, rows)[0])
         points = self.design.points(members)
-        count = len(next(iter(points.values())))
-        each = [
-            self.held({n: p[i] for n, p in points.items()}).evaluate(data, values, rows) for i in range(count)
-        ]
+        each = [self.factors_at(held, data, values, rows, sites) for held in points_of(points)]
         factors = [_mean(own) for own in zip(*(e.factors for e in each), strict=True)]
         return replace(each[0], factors=tuple(factors))
+
+    def factors_at(
+        self,
+        held: Values,
+        data: Values,
+        values: Values,
+        rows: Rows | None = None,
+        sites: Iterable[str] | None = None,
+    ) -> Evaluation:
+        """The model's log-factors with the continuous sites held at a point; of these sites alone, where some are named."""
+        joint = self.held(held)
+        if sites is None:
+            return joint.evaluate(data, values, rows)
+        views, frame = joint.view(data, values, rows)
+        return replace(frame, factors=tuple(f for n in views if n in sites for f in views[n].factors()))
+
+
+def points_of(points: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A design point by point; one without sites has a single, empty one."""
+    count = len(next(iter(points.values()))) if points else 1
+    return [{n: p[i] for n, p in points.items()} for i in range(count)]
 
 
 def _mean(factors: Sequence[Factor]) -> Factor:
@@ -148,4 +170,4 @@ def scale_of(factor: Factor, dims: tuple[str, ...]) -> Tensor:
     return align(Named(tensor, factor.scale_dims), dims)
 
 
-__all__ = ["MAX_POINTS", "Design", "IntegratedJoint", "scale_of"]
+__all__ = ["MAX_POINTS", "Design", "IntegratedJoint", "points_of", "scale_of"]

@@ -21,7 +21,7 @@ from lvmppl.density import Factor, Variable, chain_axes, time_axis
 from lvmppl.elbo import MOVES, GuideWeights, expectation
 from lvmppl.exact import chain as kernel
 from lvmppl.exact.elimination import Term
-from lvmppl.exact.named import Named, align, log_sum_exp
+from lvmppl.exact.named import Named, align
 
 
 class SiteUpdate:
@@ -171,10 +171,10 @@ def _both(probability: Tensor) -> Tensor:
 
 def _softmax(potential: Tensor) -> Tensor:
     """exp(potential)/Σ along the last axis; uniform where every state is impossible."""
-    top = log_sum_exp(potential, -1).unsqueeze(-1)
-    possible = torch.isfinite(top)
-    probs = (potential - torch.where(possible, top, 0.0)).exp()
-    return torch.where(possible, probs, 1.0 / potential.shape[-1])
+    top = potential.amax(-1, keepdim=True)
+    weights = (potential - torch.where(torch.isfinite(top), top, 0.0)).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return torch.where(total > 0, weights / total, 1.0 / potential.shape[-1])
 
 
 def _normalised(probs: Tensor) -> Tensor:
