@@ -27,6 +27,7 @@ from lvmppl.density import Coordinates, isolated
 from lvmppl.distributions import MarkovChain
 from lvmppl.guides.categorical import categorical
 from lvmppl.guides.variational import variational
+from lvmppl.models.factor_analysis import factor_analysis
 from lvmppl.models.hmm import hidden_markov
 from lvmppl.models.lda import lda
 from lvmppl.models.mixture import gaussian_mixture
@@ -322,3 +323,23 @@ def test_sweep_that_keeps_factors_equals_blocks_one_by_one_afresh(case: str) -> 
         for name in closed.e.names:
             torch.testing.assert_close(kept.values[name], fresh[name], rtol=1e-10, atol=1e-12)
             assert not torch.equal(fresh[name], start[name])
+
+
+def test_elbo_of_factors_orthogonal_only_at_the_start_equals_its_closed_form() -> None:
+    x = (IRIS[:40, :3] - IRIS[:40, :3].mean(0)) / IRIS[:40, :3].std(0, correction=0)
+    model = functools.partial(factor_analysis, num_factors=2)
+    fit = lvmppl.fit(model, {"x": x}, algorithm="vem", guide=variational, max_steps=3, tolerance=1e-12)
+    theta, mean, sd = fit.parameters, *fit.moments["z"]  # [N, L]
+    weights = 1 / theta["variance"]
+    residual = x - theta["loc"] - mean @ theta["loadings"].T
+    meeting = theta["loadings"].T @ (weights.unsqueeze(-1) * theta["loadings"])
+    assert abs(meeting[0, 1]) > 1e-3  # the factors have come to meet
+    likelihood = -0.5 * (
+        (residual.square() * weights).sum()
+        + (sd.square() * meeting.diagonal()).sum()
+        + len(x) * (2 * torch.pi * theta["variance"]).log().sum()
+    )
+    divergence = 0.5 * (mean.square() + sd.square() - 1 - 2 * sd.log()).sum()
+    assert {s.how for s in fit.e_step} == {"closed-form"}
+    assert fit.elbo == pytest.approx(float(likelihood - divergence), abs=1e-9)
+    assert fit.elbo < fit.log_evidence
