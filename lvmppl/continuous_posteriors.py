@@ -27,7 +27,7 @@ from lvmppl.posterior_frames import categorical_of, probability_frame
 from lvmppl.posteriors import Mode
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ContinuousPosterior:
     """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
 
@@ -46,6 +46,10 @@ class ContinuousPosterior:
     constant: float = 0.0
     proven: bool = True
     summed: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        sites = ", ".join((*self.layout.discrete, *self.summed, *(b.name for b in self.layout.blocks)))
+        return f"Posterior of {sites}: log evidence {self.log_evidence:.4f} ({self.kind}); {self.engine}"
 
     def __post_init__(self) -> None:
         if bool((self._by_row == -torch.inf).any()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ class MStep(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Fit:
     """What a fit found. Numbers are in nats, summed over the data.
 
@@ -80,6 +81,13 @@ class Fit:
     guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
     estimators: str = ""  # of a fit with a guide: how the gradient of λ came about, site by site
+
+    def __repr__(self) -> str:
+        """A line: what was fitted how, and how it ended."""
+        bound = "" if math.isnan(self.elbo) else f", ELBO {self.elbo:.4f}"
+        evidence = f"log evidence {self.log_evidence:.4f} ({self.log_evidence_kind})"
+        names = ", ".join(self.parameters) or "none"
+        return f"Fit({self.algorithm}: {self.status} after {self.steps} steps, {evidence}{bound}; parameters {names})"
 
     @property
     def history(self) -> pd.DataFrame:

@@ -39,7 +39,7 @@ class Mode(NamedTuple):
     log_prob: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Posterior:
     """p(z | x; θ), exact. `engine` says how it was had, and why that way."""
 
@@ -48,6 +48,9 @@ class Posterior:
     plate_sizes: Mapping[str, int]
     data_plate: str | None
     engine: str
+
+    def __repr__(self) -> str:
+        return f"Posterior of {', '.join(self.variables) or 'no site'}: log evidence {self.log_evidence:.4f}; {self.engine}"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(_detached(f) for f in self.factors))

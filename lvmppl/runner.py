@@ -358,12 +358,19 @@ def _build_all(plan: _Plan, order: Sequence[str]) -> dict[str, Problem]:
         except InputError as error:
             raise _within(where, error) from error
     if plan.experiment.reference is not None:
-        try:
-            require_continuous(problems[order[0]])
-        except InputError as error:
-            raise InputError(
-                "reference", error.expected, error.got, "leave it out: the posterior is exact"
-            ) from error
+        refused = []
+        for problem in (
+            problems.values()
+        ):  # em and enumeration turn priors into parameters: one fit may have no such site
+            try:
+                require_continuous(problem)
+            except InputError as error:
+                refused.append(error)
+        if len(refused) == len(problems):
+            expected, got = refused[0].expected, refused[0].got
+            raise InputError("reference", expected, got, "leave it out: the posterior is exact") from refused[
+                0
+            ]
     plate = problems[order[0]].data_plate
     if plan.experiment.data.test_fraction and plate is None:
         raise InputError(
