@@ -3,7 +3,7 @@
 A step of EM on little data is some two hundred operations of a microsecond, and as long again to choose and prepare each:
 which axes align, what is a view of what, whether anything is at its floor. For tensors of fixed shapes all that comes
 out the same at every step. `Recorded` runs a function once under a `TorchDispatchMode`, keeps every tensor it made, and
-and then repeats only the operations that depend on the inputs, each writing to the memory it wrote to before; views
+then repeats only the operations that depend on the inputs, each writing to the memory it wrote to before; views
 of that memory stay as they are. On the CPU numpy does so with less ado than torch.
 
 Where the function looked at a number (`bool(x.any())`), the number is looked at again: if it differs, the recording does
