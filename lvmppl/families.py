@@ -148,6 +148,9 @@ class _Narrowed(torch.autograd.Function):
         return (grad / repeats).expand(ctx.shape), None
 
 
+_CACHE_LINE = 8  # entries in one
+
+
 def _lookup(table: Tensor, value: Tensor) -> Tensor:
     """table[..., value]: log-probabilities [*batch] of `value` under the rows of `table` [*batch', V]."""
     size = table.shape[-1]
@@ -163,7 +166,11 @@ def _lookup(table: Tensor, value: Tensor) -> Tensor:
     value = value.reshape((1,) * (rank - value.dim()) + value.shape)
     if all(a == 1 or b == 1 for a, b in zip(table.shape[:-1], value.shape, strict=True)):
         # Axes of the two are disjoint: one index_select, whose gradient never takes the size of the broadcast.
-        picked = table.reshape(-1, size).index_select(-1, value.reshape(-1))
+        rows = table.reshape(-1, size)
+        if len(rows) >= _CACHE_LINE:  # whole columns are copied, and stay together in memory
+            picked = rows.T.contiguous().index_select(0, value.reshape(-1)).T
+        else:
+            picked = rows.index_select(-1, value.reshape(-1))
         picked = picked.reshape(*table.shape[:-1], *value.shape)
         order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
         shape = [max(a, b) for a, b in zip(table.shape[:-1], value.shape, strict=True)]

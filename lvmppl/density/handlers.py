@@ -17,7 +17,7 @@ from lvmppl.density.structure import Drawing, ParameterSpec, Rows, Values
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import ModelError
 
-Shifts = Callable[[int, int], Tensor]
+Paths = Callable[[int, int], Tensor]
 
 
 class Parameters(Messenger):
@@ -215,8 +215,8 @@ class EnumeratedChain(dist.TorchDistribution):
     arg_constraints: dict[str, Constraint] = {}  # noqa: RUF012 - torch's own protocol
     has_enumerate_support = True
 
-    def __init__(self, chain: MarkovChain, shifts: Shifts | None = None) -> None:
-        self.chain, self.shifts = chain, shifts
+    def __init__(self, chain: MarkovChain, paths: Paths | None = None) -> None:
+        self.chain, self.paths = chain, paths
         super().__init__(chain.batch_shape, chain.event_shape, validate_args=False)
 
     @property
@@ -224,25 +224,24 @@ class EnumeratedChain(dist.TorchDistribution):
         return self.chain.support
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        states = torch.arange(self.chain.states, device=self.chain.log_initial.device)
-        states = states.reshape(-1, *[1] * len(self.batch_shape), 1)
-        if self.shifts is None:
-            return states
-        return (
-            states + self.shifts(self.chain.num_steps, self.chain.states).to(states.device)
-        ) % self.chain.states
+        if self.paths is None:
+            states = torch.arange(self.chain.states).unsqueeze(-1)
+        else:
+            states = self.paths(self.chain.num_steps, self.chain.states)
+        ones = [1] * len(self.batch_shape)
+        return states.reshape(len(states), *ones, -1).to(self.chain.log_initial.device)
 
 
 class EnumerateChains(Messenger):
     """Gives every enumerated MarkovChain site the states of one step as its value, at an enumeration axis of its own.
 
-    An enumerated site keeps its prior whatever mask it stands under. shifts: (T, K) → [T], added to the states modulo K,
-    for a probe of what depends on which step.
+    An enumerated site keeps its prior whatever mask it stands under. paths: (T, K) → [M, T], state sequences in place of
+    the K states, for a probe of what depends on which step.
     """
 
-    def __init__(self, shifts: Shifts | None = None) -> None:
+    def __init__(self, paths: Paths | None = None) -> None:
         super().__init__()
-        self.shifts = shifts
+        self.paths = paths
 
     def _pyro_sample(self, msg: Any) -> None:
         infer = msg["infer"]
@@ -250,7 +249,7 @@ class EnumerateChains(Messenger):
             return
         _unmask(msg)
         if isinstance(msg["fn"], MarkovChain):
-            msg["fn"] = EnumeratedChain(msg["fn"], self.shifts)
+            msg["fn"] = EnumeratedChain(msg["fn"], self.paths)
 
 
 def _unmask(msg: Any) -> None:

@@ -2,8 +2,7 @@
 
 Enumeration hands the model the states of one step, and the model's log-densities are read as those of each step. A model
 that shifts, flips or averages the states over time would be misread without a sign of it. So a few rows are evaluated
-again with states that vary over time, by known shifts s_t: a factor of the first pass at (z_t + s_t) mod K must be what
-the second pass gives at z_t.
+again on a few state sequences z that vary over time: what this gives at step t must be what enumeration gave at z_t.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ from torch import Tensor
 
 from lvmppl.density.discovery import num_rows
 from lvmppl.density.enumeration import Enumeration
-from lvmppl.density.handlers import EnumerateChains
+from lvmppl.density.handlers import EnumerateChains, Paths
 from lvmppl.density.isolation import unvalidated
 from lvmppl.density.joint import Joint
-from lvmppl.density.structure import Evaluation, Factor, Rows, Values, Variable, time_axis
+from lvmppl.density.structure import Factor, Rows, Values, Variable, time_axis
 from lvmppl.errors import ModelError
 
 _ROWS = 8  # evaluated again, spread over all
-_SHIFTS = 3
+_STEPS = 2048  # in all sequences together: few where they are long, for a distribution over V symbols each weighs T·V
 
 
 def check_steps(joint: Joint, data: Values, values: Values) -> None:
@@ -45,10 +44,9 @@ def check_steps(joint: Joint, data: Values, values: Values) -> None:
     pinned = _Pinned(joint.first_available_dim)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), unvalidated():
         first = _Probe(joint, pinned, None).evaluate(data, values, rows)
-        for index in range(_SHIFTS):
-            again = _Probe(joint, pinned, index).evaluate(data, values, rows)
-            for before, after in zip(first.factors, again.factors, strict=True):
-                _compare(before, after, index, first)
+        again = _Probe(joint, pinned, sequences).evaluate(data, values, rows)
+        for before, after in zip(first.factors, again.factors, strict=True):
+            _compare(before, after, first.variables)
 
 
 class _Pinned(Messenger):
@@ -75,39 +73,46 @@ class _Pinned(Messenger):
 
 
 class _Probe(Joint):
-    """The model with chains enumerated by states that are shifted over time."""
+    """The model with each chain at given sequences of states, or at the states of one step."""
 
-    def __init__(self, joint: Joint, pinned: _Pinned, index: int | None) -> None:
+    def __init__(self, joint: Joint, pinned: _Pinned, paths: Paths | None) -> None:
         super().__init__(joint.model, joint.structure)
-        self.pinned, self.index = pinned, index
+        self.pinned, self.paths = pinned, paths
 
     @contextmanager
     def _enumeration(self) -> Iterator[None]:
-        chains = EnumerateChains(None if self.index is None else lambda t, k: shifts(t, k, self.index or 0))
+        chains = EnumerateChains(self.paths)
         with Enumeration(first_available_dim=self.first_available_dim), chains, self.pinned:
             yield
 
 
-def shifts(steps: int, states: int, index: int) -> Tensor:
-    """s_t in 0 … K−1, [T]: neighbours that differ; halves that differ; at random."""
-    if index == 0:
-        return torch.arange(steps) % states
-    if index == 1:
-        return (torch.arange(steps) >= steps // 2).long() % states
-    return torch.randint(states, (steps,), generator=torch.Generator().manual_seed(steps))
+def sequences(steps: int, states: int) -> Tensor:
+    """Sequences of states [M, T]: random ones, ones whose neighbours differ, and ones whose halves differ, in turn."""
+    count = 1 if states == 1 else max(4, min(3 * states, _STEPS // steps))
+    generator, t = torch.Generator().manual_seed(steps), torch.arange(steps)
+    kinds = (
+        lambda _: torch.randint(states, (steps,), generator=generator),
+        lambda offset: (t + offset) % states,
+        lambda offset: ((t >= steps // 2).long() + offset) % states,
+    )
+    return torch.stack([kinds[i % 3](i // 3) for i in range(count)])
 
 
-def _compare(before: Factor, after: Factor, index: int, evaluation: Evaluation) -> None:
-    """The factor with shifted states against the one with states of one step, moved by the same shifts."""
-    chains = [d for d in after.dims if d in evaluation.variables and evaluation.variables[d].steps]
+def _compare(before: Factor, after: Factor, variables: Mapping[str, Variable]) -> None:
+    """The factor at the sequences against the one at the states of one step, looked up at theirs."""
+    chains = [d for d in after.dims if d in variables and variables[d].steps]
     if not chains:
         return
-    same = before.dims == after.dims and before.log_prob.shape == after.log_prob.shape
-    if same and not _by_step(chains, before, evaluation.variables):
+    same = before.dims == after.dims
+    if same and not all(time_axis(variables[c].steps or 0) in before.dims for c in chains):
         return  # one log-probability for a whole sequence, which elimination refuses itself
     tolerance = 1e-6 if after.log_prob.dtype == torch.float64 else 1e-3
-    moved = _moved(before, chains, evaluation.variables, index) if same else after.log_prob
-    if not same or not torch.allclose(moved, after.log_prob, rtol=tolerance, atol=tolerance, equal_nan=True):
+    expected = _looked_up(before, chains, variables) if same else after.log_prob
+    if (
+        not same
+        or expected.shape != after.log_prob.shape
+        or not torch.allclose(expected, after.log_prob, rtol=tolerance, atol=tolerance, equal_nan=True)
+    ):
         raise ModelError(
             f"site '{after.site}'",
             f"to depend at step t on the state of the chain {', '.join(chains)} at step t alone",
@@ -116,18 +121,15 @@ def _compare(before: Factor, after: Factor, index: int, evaluation: Evaluation) 
         )
 
 
-def _by_step(chains: list[str], factor: Factor, variables: Mapping[str, Variable]) -> bool:
-    return all(time_axis(variables[c].steps or 0) in factor.dims for c in chains)
-
-
-def _moved(factor: Factor, chains: list[str], variables: Mapping[str, Variable], index: int) -> Tensor:
+def _looked_up(factor: Factor, chains: list[str], variables: Mapping[str, Variable]) -> Tensor:
+    """log f_t(z_t) for the sequences z of each chain: its axis of K states becomes one of M sequences."""
     result = factor.log_prob
     for chain in chains:
         size, steps = variables[chain].size, variables[chain].steps or 0
         axis, time = factor.dims.index(chain), factor.dims.index(time_axis(steps))
-        states = (torch.arange(size).unsqueeze(-1) + shifts(steps, size, index)) % size  # [K, T]
-        shape = [1] * result.dim()
-        shape[axis], shape[time] = size, steps
-        states = (states if axis < time else states.T).reshape(shape).to(result.device)
-        result = result.gather(axis, states.expand(result.shape))
+        states = sequences(steps, size).to(result.device)  # [M, T]
+        shape, wanted = [1] * result.dim(), list(result.shape)
+        shape[axis], shape[time], wanted[axis] = len(states), steps, len(states)
+        states = (states if axis < time else states.T).reshape(shape)
+        result = result.gather(axis, states.expand(wanted))
     return result
