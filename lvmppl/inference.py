@@ -99,7 +99,13 @@ def posterior(
     tensors = as_tensors(data)
     with isolated(derive_seed(0, "posterior"), dtype_of(tensors)):
         problem = build_problem(
-            "posterior", model, tensors, data_plate=data_plate, start=parameters, lift=tuple(parameters or ())
+            "posterior",
+            model,
+            tensors,
+            data_plate=data_plate,
+            start=parameters,
+            lift=tuple(parameters or ()),
+            keep_trace=True,
         )
         unknown = [n for n in parameters or () if n not in problem.theta]
         if unknown:

@@ -124,7 +124,10 @@ def _evaluations(problem: Problem, values: Values) -> Iterator[Evaluation]:
     sites = problem.model.structure.sites
     for data, rows in chunks(problem):
         with torch.no_grad():
-            found = problem.model.evaluate(data, values, rows)
+            if problem.trace is not None and values is problem.initial and rows.size == problem.num_rows:
+                found = problem.model.evaluation_of(problem.trace, rows)
+            else:
+                found = problem.model.evaluate(data, values, rows)
         own = (f for f in found.factors if f.site not in sites or sites[f.site].kind != "parameter")
         yield replace(found, factors=tuple(own))
 

@@ -22,6 +22,7 @@ from lvmppl.density import (
     build_guide,
     check_steps,
     discover,
+    first_pass,
     is_autoguide,
     num_rows,
 )
@@ -68,6 +69,7 @@ class Problem:
     guide_name: str | None = None
     progress: Progress = field(default_factory=Silent)
     rebuild_guide: Mapping[str, Any] | None = None  # what `build_problem` builds the guide of other rows from
+    trace: Any = None  # the model's first run, on all rows at `initial`, if it was kept
 
     @property
     def num_rows(self) -> int:
@@ -138,11 +140,13 @@ def build_problem(
     seed: int = 0,
     progress: Progress | None = None,
     lift: bool | Collection[str] = False,
+    keep_trace: bool = False,
 ) -> Problem:
     """Trace the model (and guide) once and bind them to the data.
 
     start: values that replace the model's or guide's own start, by name. A guide that `guide_takes_model` is built here,
     once, from the model and `guide_args`. lift: which global continuous latents are fitted as parameters, see `discover`.
+    keep_trace: whether the first run of the model stays with the problem, for an evaluation at `initial` without another.
 
     Raises:
         ModelError: the model or guide raises or breaks the contract, or their sites do not match.
@@ -150,7 +154,8 @@ def build_problem(
     """
     rebuild: dict[str, Any] | None = None
     program = Program(model, "model")
-    structure = discover(program, data, data_plate, lift=lift)
+    given = start or {}
+    structure, trace = first_pass(program, data, data_plate, lift=lift, answer=_answers(given))
     _check_observed(structure)
     guided = None
     initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}
@@ -167,7 +172,7 @@ def build_problem(
         for key, spec in guide_structure.parameters.items():
             initial.setdefault(key, spec.initial)
     specs = {**(guided.specs if guided else {}), **structure.parameters}
-    for key, value in (start or {}).items():
+    for key, value in given.items():
         if key in structure.parameters or (key in initial and initial[key].shape == value.shape):
             initial[key] = _checked_start(specs[key], value)
     unknown = [n for n in frozen if n not in initial]
@@ -187,7 +192,30 @@ def build_problem(
         guide_name,
         progress if progress else Silent(),
         rebuild,
+        trace if keep_trace and _stands_at_start(structure, program, given) else None,
     )
+
+
+def _answers(given: Values) -> Callable[[str, constraints.Constraint, Tensor], Tensor]:
+    """A parameter's own start, or the value that is handed in for it if that will do (if not, it is refused later)."""
+
+    def answer(name: str, constraint: constraints.Constraint, start: Tensor) -> Tensor:
+        try:
+            return (
+                _checked_start(ParameterSpec(name, constraint, start), given[name])
+                if name in given
+                else start
+            )
+        except InputError:
+            return start
+
+    return answer
+
+
+def _stands_at_start(structure: Structure, program: Program, given: Values) -> bool:
+    """Whether the first run was one at the values handed in: those of modules and of sites it did not get."""
+    sites = any(s.kind == "parameter" for s in structure.sites.values())
+    return not (sites or program.module is not None or any("$$$" in name for name in given))
 
 
 def _checked_start(spec: ParameterSpec, value: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
 from lvmppl.density.enumeration import Enumeration, TableLimit
-from lvmppl.density.handlers import Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
+from lvmppl.density.handlers import Answer, Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
 from lvmppl.distributions import MarkovChain
@@ -52,9 +52,23 @@ def discover(
     model: Structure | None = None,
     lift: bool | Collection[str] = False,
 ) -> Structure:
-    """Run `program` once on all rows and learn its parameters, sites and plates.
+    """Run `program` once on all rows and learn its parameters, sites and plates: `first_pass` without its trace."""
+    return first_pass(program, data, data_plate, model, lift)[0]
+
+
+def first_pass(
+    program: Program,
+    data: Values,
+    data_plate: str | None = None,
+    model: Structure | None = None,
+    lift: bool | Collection[str] = False,
+    answer: Answer | None = None,
+) -> tuple[Structure, Any]:
+    """(structure, trace) of one run of `program` on all rows.
 
     lift: whether continuous latent sites outside of the data plate become parameters with a prior: all, or those named.
+    answer: where parameters of a `pyro.param` statement stand in this run, from name, constraint and start; at their
+    start if None.
 
     Enumerated sites are enumerated already here, so that `loc[z]` never takes the size of the data. For a guide,
     `model` is the model's structure: the data plate's name is taken from it.
@@ -65,7 +79,7 @@ def discover(
         with poutine.block(), torch.no_grad(), pyro.get_param_store().scope():
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
-    found = Discovery(weights)
+    found = Discovery(weights, answer)
     enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING)
     limit = TableLimit(enumeration, -1 - _SPARE_NESTING)
     finite = EnumerateFinite() if program.role == "guide" else nullcontext()
@@ -88,7 +102,7 @@ def discover(
             fn: Any = tracer.trace.nodes[name]["fn"]
             parameters[name] = ParameterSpec(name, fn.support, _median(fn), is_site=True)
             sites[name] = replace(sites[name], kind="parameter")
-    return Structure(parameters, sites, sizes, axes, nesting, plate, total)
+    return Structure(parameters, sites, sizes, axes, nesting, plate, total), tracer.trace
 
 
 def check_plate(role: str, plate: str, size: int, rows: int) -> None:

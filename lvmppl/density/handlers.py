@@ -17,6 +17,7 @@ from lvmppl.density.structure import Drawing, ParameterSpec, Rows, Values
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import ModelError
 
+Answer = Callable[[str, Constraint, Tensor], Tensor]
 Paths = Callable[[int, int], Tensor]
 
 
@@ -48,10 +49,14 @@ class Parameters(Messenger):
 
 
 class Discovery(Messenger):
-    """Records parameters at their first statement, with the plates they stand in, and answers with their start."""
+    """Records parameters at their first statement, with the plates they stand in, and answers with their start.
 
-    def __init__(self, weights: Values) -> None:
+    answer: what a parameter is answered with, from its name, constraint and start, if not with its start.
+    """
+
+    def __init__(self, weights: Values, answer: Answer | None = None) -> None:
         super().__init__()
+        self.answer = answer
         self.own = {
             id(w) for w in weights.values()
         }  # a module's weights are announced too; they are known already
@@ -60,7 +65,7 @@ class Discovery(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.found:
-            msg["value"], msg["done"] = self.found[name][2], True
+            msg["value"], msg["done"] = self._answer(name), True
             return
         if len(msg["args"]) > 1 and id(msg["args"][1]) in self.own:
             return
@@ -79,7 +84,11 @@ class Discovery(Messenger):
         # A PyroParam is stated wherever it is looked up; without an event_dim it is no table of the plates around.
         frames = () if len(msg["args"]) == 1 and event_dim is None else tuple(msg["cond_indep_stack"])
         self.found[name] = (constraint, event_dim, start, frames)
-        msg["value"], msg["done"] = start, True
+        msg["value"], msg["done"] = self._answer(name), True
+
+    def _answer(self, name: str) -> Tensor:
+        constraint, _, start, _ = self.found[name]
+        return start if self.answer is None else self.answer(name, constraint, start)
 
 
 def _check_not_subsampled(name: str, frames: Iterable[Any]) -> None:

@@ -82,8 +82,7 @@ class Joint:
             if self.guide is None:
                 with poutine.trace() as model_trace, self._enumeration():
                     self.model(data, values)
-                check_plates("model", model_trace.trace, rows.size, self.structure.data_plate)
-                return build_evaluation(model_trace.trace, None, rows, self.structure, names, self.extra)
+                return self.evaluation_of(model_trace.trace, rows)
             with poutine.trace() as guide_trace, self._drawing(drawing):
                 self.guide(data, values)
             sizes = check_plates("guide", guide_trace.trace, rows.size, self.structure.data_plate)
@@ -98,6 +97,11 @@ class Joint:
         return build_evaluation(
             model_trace.trace, guide_trace.trace, rows, self.structure, names, extra, drawing
         )
+
+    def evaluation_of(self, trace: Any, rows: Rows) -> Evaluation:
+        """The log-factors of a run of the model alone, its enumerated sites enumerated."""
+        check_plates("model", trace, rows.size, self.structure.data_plate)
+        return build_evaluation(trace, None, rows, self.structure, {}, self.extra)
 
     def _extra(self, drawing: Drawing) -> dict[int, str]:
         return {self.first_available_dim: PARTICLES} if drawing.particles > 1 else {}
