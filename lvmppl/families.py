@@ -39,11 +39,20 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
     if isinstance(fn, torch.distributions.OneHotCategorical):
         return log_density(fn._categorical, value.argmax(-1))
     if isinstance(fn, torch.distributions.Categorical):
-        return _lookup(log_table(fn), value)
+        return _categorical(fn, value)
     if isinstance(fn, torch.distributions.Bernoulli):
         return _bernoulli(fn, value)
     result: Tensor = fn.log_prob(value)
     return result
+
+
+def _categorical(fn: torch.distributions.Categorical, value: Tensor) -> Tensor:
+    """log p(value): the logarithm of the table, or of what is looked up in it if that is less."""
+    if "probs" in fn.__dict__:
+        probs = unexpanded(fn.probs, 1)
+        if math.prod(torch.broadcast_shapes(probs.shape[:-1], value.shape)) < probs.numel():
+            return safe_log(_lookup(probs, value))
+    return _lookup(log_table(fn), value)
 
 
 def relaxed_density(fn: Any, value: Tensor) -> Tensor:
