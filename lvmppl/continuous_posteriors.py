@@ -31,8 +31,9 @@ from lvmppl.posteriors import Mode
 class ContinuousPosterior:
     """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
 
-    kind: `exact`, `quadrature`, or `estimate` where log p(x, z) was found quadratic at random points and no more is known
-    (`proven` is False); log_evidence_error bounds the absolute error of the total (0 for the Gaussian, NaN: unknown).
+    kind: `exact`, `quadrature`, or `estimate` where nothing bounds what may have been overlooked between the points that
+    were looked at, as under a `pyro.factor` (`proven` is False; `engine` says why). log_evidence_error bounds the absolute
+    error of the total: 0 for the Gaussian, ∞ for an estimate.
     summed: p(c | x) [*plates, (T,) K] of the enumerated sites that were summed out at every point; no question about them
     jointly with other sites is answered.
     constant: what factors outside of the data plate add to the log evidence, where rows are data.
@@ -64,9 +65,9 @@ class ContinuousPosterior:
 
     @property
     def kind(self) -> str:
-        if isinstance(self.kernel, QuadraturePosterior):
-            return "quadrature"
-        return "exact" if self.proven else "estimate"
+        if not self.proven:
+            return "estimate"
+        return "quadrature" if isinstance(self.kernel, QuadraturePosterior) else "exact"
 
     @property
     def _lead(self) -> tuple[int, ...]:
@@ -99,8 +100,8 @@ class ContinuousPosterior:
     @property
     def log_evidence_error_per_datum(self) -> Tensor:
         """Bound on the absolute error of log p(x⁽ⁿ⁾) [N]: that of each configuration, weighted by its probability."""
-        if not isinstance(self.kernel, QuadraturePosterior):
-            return torch.full_like(self._by_row, 0.0 if self.proven else math.nan)
+        if not self.proven or not isinstance(self.kernel, QuadraturePosterior):
+            return torch.full_like(self._by_row, 0.0 if self.proven else math.inf)
         error = self.kernel.log_evidence_error
         # |log Σ e^{a+δ} − log Σ e^a| ≤ max |δ| over configurations that matter, hence ≤ log Σ p(c) e^{|δ|}
         weights = self._weights.log() + error

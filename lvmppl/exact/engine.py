@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,13 @@ from lvmppl.exact.continuous import (
 )
 from lvmppl.exact.evaluation import NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
-from lvmppl.exact.quadrature import QuadraturePosterior, quadrature
+from lvmppl.exact.hidden import modes_of_terms, sums_of
+from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrained
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
-_MANY_MODES = frozenset({"Unit", "MixtureSameFamily"})  # pyro.factor is a Unit
+_OPAQUE = frozenset({"Unit"})  # of pyro.factor: any function of z
 SHORT_PATH = 8  # steps from which a sequence of equal sites is tried as a path, in O(T)
 
 
@@ -47,11 +50,10 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     rows = layout.rows(joint.structure.data_plate)
     dtype = evaluation.factors[0].log_prob.dtype
     variables = {n: evaluation.variables[n] for n in (*layout.discrete, *layout.summed)}
-    kernel, engine = _solve(log_joint, rows, layout, joint, data, values, dtype)
+    kernel, engine, doubt = _solve(log_joint, rows, layout, joint, data, values, dtype)
     constant = float(constant_part(joint, evaluation, layout))
-    suspects = [] if isinstance(kernel, QuadraturePosterior) else _not_gaussian(log_joint)
-    if suspects:
-        engine += f", an estimate: nothing proves it between those points for {', '.join(suspects)}"
+    if doubt:
+        engine += f", an estimate: {doubt}"
     plate = joint.structure.data_plate
     summed = {}
     if layout.summed:
@@ -59,13 +61,8 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
         summed = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
         engine += f"; {_listed(list(layout.summed))} summed out at every point"
     return ContinuousPosterior(
-        kernel, layout, variables, plate, engine, constant, proven=not suspects, summed=summed
+        kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed
     )
-
-
-def _families(log_joint: LogJointOfModel) -> set[str]:
-    """Families of the sites that depend on the continuous ones."""
-    return set(_dependent(log_joint).values())
 
 
 def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
@@ -85,11 +82,38 @@ def _not_gaussian(log_joint: LogJointOfModel) -> list[str]:
     return [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f not in _GAUSSIAN]
 
 
-def _many_starts(dim: int, rows: tuple[int, ...]) -> Tensor:
-    """Starts [S, *rows, d] all over the space, denser towards the origin: a climb finds a mode that a scan steps over."""
-    axis = 2.0 * torch.linspace(-6.0, 6.0, {1: 129, 2: 11, 3: 5}[dim]).sinh()
-    grid = torch.cartesian_prod(*[axis] * dim).reshape(-1, *[1] * len(rows), dim)
-    return grid.expand(len(grid), *rows, dim)
+def _unproven(log_joint: LogJointOfModel) -> str:
+    suspects = _not_gaussian(log_joint)
+    return f"nothing proves it between those points for {', '.join(suspects)}" if suspects else ""
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Where the search for modes starts besides a scan, and what it may overlook all the same."""
+
+    starts: Tensor | None
+    opaque: list[str]  # sites that are a function of z and nothing else is known of
+    every_term: bool  # of which log p(x, z) is the sum has been climbed by itself
+
+    def blind(self, posterior: QuadraturePosterior, dim: int) -> str:
+        """Why nothing bounds the mass that may have been missed; empty if something does."""
+        if self.opaque:
+            return f"nothing bounds what {_listed(self.opaque)} may hide between the points looked at"
+        if dim > 1 and not self.every_term and not bool(posterior.concave.all()):
+            return "log p(x, z) is not concave, and a sum of more terms than can be searched one by one"
+        return ""
+
+
+def _search(log_joint: LogJointOfModel, rows: tuple[int, ...], dtype: torch.dtype) -> _Search:
+    """The modes of the terms of the sums that the model computes, from which its own modes are sought."""
+    dim = log_joint.layout.dim
+    opaque = [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f in _OPAQUE]
+    density = unconstrained(log_joint, log_joint.layout.transform)
+    starts = 3.0 * torch.cat([torch.zeros(1, dim), torch.eye(dim), -torch.eye(dim)]).to(dtype)
+    starts = starts.reshape(-1, *[1] * len(rows), dim).expand(-1, *rows, dim)
+    sums = sums_of(density, starts[1:2])
+    found = modes_of_terms(density, sums, starts) if sums.sizes else None
+    return _Search(found, opaque, sums.all_tried and not log_joint.layout.summed)
 
 
 def _probe(joint: Joint, data: Values, values: Values) -> Evaluation:
@@ -105,7 +129,8 @@ def _solve(
     data: Values,
     values: Values,
     dtype: torch.dtype,
-) -> tuple[Kernel, str]:
+) -> tuple[Kernel, str, str]:
+    """The posterior, which engine it is of and why, and what nothing bounds the error by (else empty)."""
     names = _listed([b.name for b in layout.blocks])
     given = f" given {', '.join(layout.discrete)}" if layout.discrete else ""
     why = "its support is bounded"
@@ -122,6 +147,7 @@ def _solve(
                         f"Gaussian path over {steps} steps: log p(x, z) is quadratic in {names}{given}, "
                         "each step tied to its neighbours"
                     ),
+                    _unproven(log_joint),
                 )
             except NotQuadratic:
                 pass
@@ -136,6 +162,7 @@ def _solve(
                 return (
                     found,
                     f"Gaussian: log p(x, z) is quadratic in {names}{given} (checked at random points)",
+                    _unproven(log_joint),
                 )
             except NotQuadratic as error:
                 why = f"log p(x, z) is not quadratic in {names} ({error.got})"
@@ -154,14 +181,19 @@ def _solve(
         return _Selected(joint, data, values, layout, index)  # type: ignore[return-value]
 
     chosen = select if layout.local else None
-    starts = _many_starts(layout.dim, rows) if _families(log_joint) & _MANY_MODES else None
+    search = _search(log_joint, rows, dtype)
     found = quadrature(  # type: ignore[assignment]
-        log_joint, rows, layout.dim, transform=layout.transform, starts=starts, select=chosen, dtype=dtype
+        log_joint,
+        rows,
+        layout.dim,
+        transform=layout.transform,
+        starts=search.starts,
+        wary=bool(search.opaque) or not search.every_term,
+        select=chosen,
+        dtype=dtype,
     )
     text = f"quadrature over {names} ({layout.dim} dimensions a row){given}: {why}"
-    if starts is not None:
-        text += "; its error does not cover a narrow mode, far from all others, that a factor may hide"
-    return found, text
+    return found, text, search.blind(found, layout.dim)  # type: ignore[arg-type]
 
 
 def _listed(names: list[str]) -> str:

@@ -13,18 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool1d, max_pool2d, max_pool3d
 
 from lvmppl.exact.evaluation import LogJoint, evaluate, value_and_gradient
+from lvmppl.exact.scans import DENSE, DENSE_PIECE, NEGLIGIBLE, PEAKS, SCAN, SCANNED, is_concave, scan_peaks
 
-# A mode whose Laplace mass is this much below the best one's, in nats, cannot matter.
-NEGLIGIBLE = 40.0
 MAX_MODES = {1: 24, 2: 12, 3: 8}
 
-# Points an axis of the scan, and the asinh of half its reach: spacings grow with the distance from its
-# centre.
-SCAN = {1: (257, 6.0), 2: (33, 4.0), 3: (13, 3.0)}
-PEAKS = {1: 48, 2: 24, 3: 12}
+# Where a dip between two modes is looked for: not at simple ratios, at which modes of equal distance stand.
+BETWEEN = (0.0869, 0.2231, 0.3679, 0.5413, 0.6321, 0.7788, 0.9131)
 
 
 def square_range(dtype: torch.dtype) -> tuple[float, float]:
@@ -41,40 +37,34 @@ class Modes:
     """``centre [K, N, d]`` and ``scale [K, N, d, d]`` (z = centre + scale·u has unit curvature in u),
     ``present [K, N]``.
 
-    ``missed [N]``: rows with more modes than are kept. Mode 0 is always present and the highest.
+    ``missed [N]``: rows with more modes than are kept. ``concave [N]``: rows whose log density lay above its chords
+    wherever it was looked at, and one mode was found. Mode 0 is always present and the highest.
     """
 
     centre: Tensor
     scale: Tensor
     present: Tensor
     missed: Tensor
+    concave: Tensor
 
 
 def find_modes(
-    restrict: Restrict, num_rows: int, dim: int, starts: Tensor | None, like: Tensor, chunk: int
+    restrict: Restrict,
+    num_rows: int,
+    dim: int,
+    starts: Tensor | None,
+    like: Tensor,
+    chunk: int,
+    wary: bool = False,
 ) -> Modes:
-    """The modes of every row, once each, the highest first, climbed to from the peaks of two scans and from
-    ``starts [S, N, d]``.
+    """The modes of every row, once each, the highest first, climbed to from the peaks of scans and from ``starts [S, N,
+    d]``.
 
-    The first scan is around the origin, the second around the best point found from the first and in units of
-    its scale. A candidate is dropped if the density does not dip on the way to a mode already kept, or if
-    both scales see the two as overlapping, as one lattice then resolves them together. ``like`` gives dtype
-    and device.
+    A candidate is dropped if the density does not dip on the way to a mode already kept, or if both scales see the two as
+    overlapping, as one lattice then resolves them together. ``like`` gives dtype and device, ``wary`` is of `_climbed`.
     """
-    everything = torch.arange(num_rows, device=like.device)
-    whole = restrict(everything)
-    origin, unit = like.new_zeros(num_rows, dim), torch.eye(dim).to(like).expand(num_rows, dim, dim)
-    most = MAX_MODES[dim]
-    first, missed = _scan_peaks(whole, origin, unit, chunk)
-    extra = torch.cat([torch.zeros(1, dim), 3.0 * torch.eye(dim), -3.0 * torch.eye(dim)]).to(like)
-    first = torch.cat([first, extra.unsqueeze(1).expand(-1, num_rows, -1)])
-    points, values = ascend(whole, first if starts is None else torch.cat([first, starts]), chunk)
-    value, which = values.max(0)
-    best = points[which, everything]
-    second, more_missed = _scan_peaks(whole, best, local_scale(whole, best, value, chunk), chunk)
-    missed = missed | more_missed
-    more, heights = ascend(whole, second, chunk)
-    points, values = torch.cat([points, more]), torch.cat([values, heights])
+    everything, most = torch.arange(num_rows, device=like.device), MAX_MODES[dim]
+    points, values, missed, concave = _climbed(restrict, everything, dim, starts, like, chunk, wary)
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     left = torch.where(values.isfinite(), values, -torch.inf)
     for k in range(most * 2):
@@ -93,43 +83,65 @@ def find_modes(
         left[:, rows] = _unexplained(part, points[:, rows], left[:, rows], centre, value, scale, chunk)
     else:
         missed |= (left > -torch.inf).any(0)
-    return _packed(found, missed)
+    return _packed(found, missed, concave)
 
 
-def _scan_peaks(log_density: LogJoint, centre: Tensor, scale: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """The highest local maxima of the log density over a grid around ``centre [N, d]``: ``[PEAKS, N, d]``, and the
-    rows ``[N]`` that have more of them that may matter.
+def _climbed(
+    restrict: Restrict,
+    rows: Tensor,
+    dim: int,
+    starts: Tensor | None,
+    like: Tensor,
+    chunk: int,
+    wary: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where climbs end, ``[P, N, d]`` with values ``[P, N]``; rows with more peaks than were climbed and rows that are
+    concave, ``[N]``.
+
+    The first scan is around the origin, the second around the best point found from the first and in units of its scale.
+    Rows whose log density is not concave, or all if ``wary``, are scanned densely too.
     """
-    rows, dim = centre.shape
-    count, reach = SCAN[dim]
-    axis = 2.0 * torch.linspace(-reach, reach, count).to(centre).sinh()
-    grid = torch.cartesian_prod(*[axis] * dim).view(-1, 1, dim)
-    z = centre + (scale @ grid.unsqueeze(-1)).squeeze(-1)  # [S, N, d]
-    values = evaluate(log_density, z, chunk)
-    pool = (max_pool1d, max_pool2d, max_pool3d)[dim - 1]
-    around = pool(values.T.reshape(rows, 1, *[count] * dim), 3, 1, 1).reshape(rows, -1).T
-    peaks = torch.where(values >= around, values, -torch.inf)
-    heights, index = peaks.topk(PEAKS[dim] + 1, 0)
-    missed = heights[-1] > heights[0] - NEGLIGIBLE
-    if bool(missed.any()):  # a plateau is one peak, though each of its points is as high as those around it
-        grids = values.T.reshape(rows, *[count] * dim)
-        strict = torch.where((grids > _highest_neighbour(grids)).reshape(rows, -1).T, values, -torch.inf)
-        missed = strict.topk(PEAKS[dim] + 1, 0).values[-1] > heights[0] - NEGLIGIBLE
-    return torch.gather(z, 0, index[:-1].unsqueeze(-1).expand(-1, -1, dim)), missed
+    whole = restrict(rows)
+    origin, unit = like.new_zeros(len(rows), dim), torch.eye(dim).to(like).expand(len(rows), dim, dim)
+    first, missed = scan_peaks(whole, origin, unit, chunk, *SCAN[dim])
+    extra = torch.cat([torch.zeros(1, dim), 3.0 * torch.eye(dim), -3.0 * torch.eye(dim)]).to(like)
+    first = torch.cat([first, extra.unsqueeze(1).expand(-1, len(rows), -1)])
+    points, values = ascend(whole, first if starts is None else torch.cat([first, starts]), chunk)
+    value, which = values.max(0)
+    best = points[which, rows]
+    width = local_scale(whole, best, value, chunk)
+    second, more_missed = scan_peaks(whole, best, width, chunk, *SCAN[dim])
+    climbs = [(points, values), ascend(whole, second, chunk)]
+    missed = missed | more_missed
+    concave = is_concave(whole, best, width, chunk)
+    doubtful = rows if wary else (~concave).nonzero().squeeze(-1)
+    if len(doubtful):
+        *climb, cut = _climbed_densely(restrict, doubtful, best, width, chunk)
+        climbs.append((climb[0], climb[1]))
+        missed = missed | cut
+    return torch.cat([c[0] for c in climbs]), torch.cat([c[1] for c in climbs]), missed, concave
 
 
-def _highest_neighbour(grids: Tensor) -> Tensor:
-    """The maximum over the 3ᵈ − 1 points around each point of ``[N, *d]``."""
-    dim = grids.dim() - 1
-    padded = torch.nn.functional.pad(grids, (1, 1) * dim, value=-torch.inf)
-    highest = torch.full_like(grids, -torch.inf)
-    for shift in itertools.product((0, 1, 2), repeat=dim):
-        if shift != (1,) * dim:
-            window = padded[
-                (slice(None), *(slice(s, s + n) for s, n in zip(shift, grids.shape[1:], strict=True)))
-            ]
-            highest = torch.maximum(highest, window)
-    return highest
+def _climbed_densely(
+    restrict: Restrict, doubtful: Tensor, best: Tensor, width: Tensor, chunk: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What is climbed to from the peaks of dense scans around the origin and around ``best [N, d]``, of the rows
+    ``doubtful``: ``[P, N, d]``, the values ``[P, N]`` (−∞ in other rows), and rows with more peaks ``[N]``.
+    """
+    dim = best.shape[-1]
+    most, reach = DENSE[dim]
+    count = max(SCAN[dim][0], min(most, int((SCANNED // len(doubtful)) ** (1.0 / dim)) | 1))
+    points = best.expand(2 * PEAKS[dim], *best.shape).clone()
+    values = torch.full_like(points[..., 0], -torch.inf)
+    missed = torch.zeros(len(best), dtype=torch.bool, device=best.device)
+    for some in torch.split(doubtful, max(1, DENSE_PIECE // count**dim)):
+        density, unit = restrict(some), torch.eye(dim).to(best).expand_as(width[some])
+        here, cut = scan_peaks(density, torch.zeros_like(best[some]), unit, chunk, count, reach)
+        there, also = scan_peaks(density, best[some], width[some], chunk, count, reach)
+        points[:, some], values[:, some] = ascend(density, torch.cat([here, there]), chunk)
+        # On a ridge in several dimensions there are ever more peaks as the grid gets denser, and no more modes.
+        missed[some] = (cut | also) & (dim == 1)
+    return points, values, missed
 
 
 def ascend(log_density: LogJoint, start: Tensor, chunk: int, iterations: int = 80) -> tuple[Tensor, Tensor]:
@@ -280,17 +292,19 @@ def _unexplained(
     if not some.any():
         return left
     lowest = torch.full_like(left[some], torch.inf)
-    for fraction in (0.1, 0.3, 0.5, 0.7, 0.9):
+    for fraction in BETWEEN:
         between = evaluate(log_density, centre + fraction * difference[some], chunk)
         lowest = torch.minimum(lowest, between)
     left[some] = torch.where(lowest >= torch.minimum(left[some], value) - 0.01, -torch.inf, left[some])
     return left
 
 
-def _packed(found: list[tuple[Tensor, Tensor, Tensor, Tensor]], missed: Tensor) -> Modes:
+def _packed(found: list[tuple[Tensor, Tensor, Tensor, Tensor]], missed: Tensor, concave: Tensor) -> Modes:
     """The modes with those present in a row first."""
     centre, scale, _, present = (torch.stack(part) for part in zip(*found, strict=True))
     count = max(1, int(present.sum(0).max()))
     order = torch.argsort((~present).int(), dim=0, stable=True)[:count]
     rows = torch.arange(present.shape[1], device=present.device)
-    return Modes(centre[order, rows], scale[order, rows], present[order, rows], missed)
+    return Modes(
+        centre[order, rows], scale[order, rows], present[order, rows], missed, concave & (present.sum(0) == 1)
+    )

@@ -6,9 +6,11 @@ The modes are found from many starts (``lvmppl.exact.modes``); each gets a chart
 converges exponentially if the density is smooth (``lvmppl.exact.charts``, ``lattice``). Lattices are refined,
 row by row (``lvmppl.exact.refinement``), until two in succession and the lattices of three times the spacing
 agree within the tolerance. What is reported is the larger disagreement, an error of the coarser rules and so
-a conservative one, plus the mass beyond the box, plus rounding. What no rule can see, a mode that none of the
-starts leads to, it cannot cover: give ``starts`` (draws from the prior, say) where the posterior may have
-modes that lie far from one another and from the origin.
+a conservative one, plus the mass beyond the box, plus rounding. What no rule can see it cannot cover: a mode
+that none of the starts leads to. Rows whose log density is not concave where it is looked at are searched
+densely (``wary``: all are); the error is a bound then if no mode is narrower than 1/500 (1/20, 1/5 in two and three
+dims) of the one that it hides behind. ``starts`` add to the search: `lvmppl.exact.hidden` finds those that a model
+shows.
 
 Shapes: ``rows`` (``(N,)``, or ``(C, N)`` for N data under each of C discrete configurations, whose evidence
 is then the log-sum-exp over C), ``S`` points, ``Q`` nodes kept, ``K`` charts a row, ``d`` dims. Everything is
@@ -44,13 +46,15 @@ class QuadraturePosterior:
     of log Σ_s w_s p(x, z_s; θ) with nodes and weights fixed. ``log_evidence_error [*rows]`` bounds its
     absolute error; ∞ if nothing can be said. ``points [Q, *rows, d]`` (in the support, after the transform)
     and ``log_weights [Q, *rows]`` (normalised, −∞ for padding) are the nodes. Where the density is 0 at every
-    start, log evidence is −∞ with error 0.
+    start, log evidence is −∞ with error 0. ``concave [*rows]``: whether the log density (unconstrained) was found concave,
+    so that there is one mode and none to be missed.
     """
 
     log_evidence: Tensor
     log_evidence_error: Tensor
     points: Tensor
     log_weights: Tensor
+    concave: Tensor
     cells: Cells = field(repr=False)
     _log_joint: LogJoint = field(repr=False)
     _transform: Transform | None = field(repr=False)
@@ -153,7 +157,7 @@ class QuadraturePosterior:
         t = t + jitter * cells.spacing[chart, torch.arange(chart.shape[1], device=chart.device)]
         z, log_measure = cells.place(t, chart, True)
         shaped = z.reshape(n, *self.log_weights.shape[1:], -1)
-        value = evaluate(_unconstrained(self._log_joint, self._transform), shaped, self._chunk).reshape(n, -1)
+        value = evaluate(unconstrained(self._log_joint, self._transform), shaped, self._chunk).reshape(n, -1)
         return z, value + log_measure - torch.gather(cells.log_weight, 0, node)
 
     def _piece(self) -> int:
@@ -170,6 +174,7 @@ def quadrature(
     starts: Tensor | None = None,
     tolerance: float = 1e-6,
     max_nodes: int | None = None,
+    wary: bool = False,
     select: Restrict | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
@@ -181,7 +186,8 @@ def quadrature(
     its log-Jacobian is added, and everything returned is in the support. ``starts [S, *rows, d]``,
     unconstrained, are tried besides points around the origin. ``tolerance`` on log evidence stops the
     refinement of a row, or else ``max_nodes`` a chart does (2¹⁵, 2²⁰, 2²¹ for d = 1, 2, 3): the error then
-    says how far it came. ``select(index [M])``, the log joint ``[S, M, d] -> [S, M]`` of some flat rows, lets
+    says how far it came. ``wary``: search densely for modes even where the log density looks concave.
+    ``select(index [M])``, the log joint ``[S, M, d] -> [S, M]`` of some flat rows, lets
     rows be worked on in blocks, and only the hard ones be refined; give it for many rows. Memory: O(chunk)
     for the log joint, and the nodes kept.
     """
@@ -198,11 +204,14 @@ def quadrature(
     nodes = MAX_NODES[dim] if max_nodes is None else max_nodes
     solved = []
     for index in torch.split(torch.arange(count, device=device), BLOCK[dim] if select else max(1, count)):
-        block = _Block(restrict, index, None if starts is None else starts[:, index], tolerance, nodes, chunk)
+        block = _Block(
+            restrict, index, None if starts is None else starts[:, index], tolerance, nodes, chunk, wary
+        )
         solved.append(block.solve(like, dim))
     log_evidence = torch.cat([s[0] for s in solved])
     error = torch.cat([s[1] for s in solved])
-    cells = joined_cells([s[2] for s in solved])
+    concave = torch.cat([s[2] for s in solved])
+    cells = joined_cells([s[3] for s in solved])
     z, _ = cells.place(cells.t, cells.chart, False)
     points = z if transform is None else transform(z)
     if transform is not None:
@@ -212,6 +221,7 @@ def quadrature(
         error.reshape(rows),
         points.reshape(-1, *rows, dim),
         cells.log_weight.reshape(-1, *rows),
+        concave.reshape(rows),
         cells,
         log_joint,
         transform,
@@ -219,7 +229,7 @@ def quadrature(
     )
 
 
-def _unconstrained(log_joint: LogJoint, transform: Transform | None) -> LogJoint:
+def unconstrained(log_joint: LogJoint, transform: Transform | None) -> LogJoint:
     """The log joint as a density over ℝᵈ: log p(x, T(z)) + log |∂T/∂z|."""
     if transform is None:
         return log_joint
@@ -242,8 +252,8 @@ def _restriction(
 
     def restrict(index: Tensor) -> LogJoint:
         if select is not None:
-            return _unconstrained(select(index), transform)
-        whole = _unconstrained(log_joint, transform)
+            return unconstrained(select(index), transform)
+        whole = unconstrained(log_joint, transform)
 
         def some(z: Tensor) -> Tensor:
             if len(index) == count:
@@ -267,15 +277,19 @@ class _Block:
     tolerance: float
     max_nodes: int
     chunk: int
+    wary: bool
 
     def log_joint(self, rows: Tensor) -> LogJoint:
         """The log joint of some rows of the block."""
         return self.restrict(self.index[rows])
 
-    def solve(self, like: Tensor, dim: int) -> tuple[Tensor, Tensor, Cells]:
-        """Log evidence ``[M]``, its error ``[M]`` and the cells; ``like`` gives dtype and device."""
+    def solve(self, like: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Cells]:
+        """Log evidence, its error and whether the density is log-concave, ``[M]`` each, and the cells.
+
+        ``like`` gives dtype and device.
+        """
         size = len(self.index)
-        modes = find_modes(self.log_joint, size, dim, self.starts, like, self.chunk)
+        modes = find_modes(self.log_joint, size, dim, self.starts, like, self.chunk, self.wary)
         partition = partition_of(modes)
         density = Density(self.log_joint, partition, 10.0 - math.log(self.tolerance), self.chunk)
         charts = charts_of(density, modes)
@@ -293,7 +307,7 @@ class _Block:
             z, _ = cells.place(cells.t, cells.chart, False)
             whole = self.log_joint(torch.arange(size, device=like.device))
             log_evidence = with_gradient(log_evidence, whole, z, cells.log_weight.exp(), self.chunk)
-        return log_evidence, error, cells
+        return log_evidence, error, modes.concave, cells
 
 
 def _saturated(transform: Transform, z: Tensor, points: Tensor, log_weight: Tensor) -> Tensor:
