@@ -28,6 +28,7 @@ from lvmppl.exact.conditionals import conditional, gather
 from lvmppl.exact.elimination import Elimination, Step, eliminate
 from lvmppl.exact.marginals import Marginals
 from lvmppl.exact.named import Named, align, exp_
+from lvmppl.exact.pieces import PIECE, pieces
 from lvmppl.exact.scales import is_one, scale_of
 from lvmppl.posterior_frames import categorical_of, probability_frame
 
@@ -278,6 +279,15 @@ class Posterior:
 
     def entropy(self) -> Tensor:
         """H[p(z | x)] per datum [N] (a scalar for coupled data): −Σ_v E log p(z_v | later ones); 0 for impossible data."""
+        plate = self.data_plate
+        if plate is None or self._is_coupled or self.plate_sizes[plate] <= PIECE:
+            return self._entropy()
+        parts = pieces(self.factors, self.variables, self.plate_sizes, plate)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of impossible data, which all rows together have named
+            return torch.cat([Posterior(tuple(f), v, s, plate, self.engine)._entropy() for f, v, s in parts])
+
+    def _entropy(self) -> Tensor:
         factors = [_with_gradient(f) for f in self.factors]
         with torch.enable_grad():
             done = eliminate(

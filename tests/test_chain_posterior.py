@@ -13,9 +13,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from hmmlearn import hmm
+from pyro import poutine
 from torch import Tensor
 
 import lvmppl
+import lvmppl.exact.pieces
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import ModelError
 from lvmppl.models.hmm import hidden_markov
@@ -151,6 +153,24 @@ def factorial(x: Tensor) -> None:
         a = pyro.sample("a", MarkovChain(PI[0], A[0, 0], x.shape[1]), infer={"enumerate": "parallel"})
         b = pyro.sample("b", MarkovChain(PI2, A2, x.shape[1]), infer={"enumerate": "parallel"})
         pyro.sample("x", dist.Normal(1.0 * a - 0.7 * b, 0.8).to_event(1), obs=x)
+
+
+def test_entropy_of_rows_in_pieces_equals_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a piece take their own lengths and weights along."""
+    weight = torch.tensor([0.5, 2.0], dtype=torch.float64)
+
+    def weighted(x: Tensor, lengths: Tensor, weight: Tensor) -> None:
+        with poutine.scale(scale=weight):
+            mixture_of_chains(x, lengths)
+
+    for module in (lvmppl.posteriors, lvmppl.exact.pieces):
+        monkeypatch.setattr(module, "PIECE", 1)
+    for model, data in ((mixture_of_chains, {}), (weighted, {"weight": weight})):
+        found = lvmppl.posterior(model, {"x": X, "lengths": LENGTHS, **data}).entropy()
+        for row in range(B):
+            values = np.array(list(joint_table(row).values()))
+            log_given = values - np.logaddexp.reduce(values)
+            assert float(found[row]) == pytest.approx(-(np.exp(log_given) * log_given).sum(), rel=1e-9)
 
 
 def test_factorial_chains_equal_brute_force() -> None:
