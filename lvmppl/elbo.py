@@ -17,7 +17,7 @@ from torch import Tensor
 from lvmppl.density import PARTICLES, Evaluation, Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
 from lvmppl.exact.elimination import Term, eliminate
-from lvmppl.exact.named import Named, add, align, union
+from lvmppl.exact.named import Named, add, align, contract, union
 from lvmppl.exact.scales import UNIT, scale_of, times
 
 MOVES = "·transition"  # what the name of a chain's transition factor ends in
@@ -68,6 +68,7 @@ class GuideWeights:
     ) -> None:
         self.chains = {n: variables[n] for n in sorted(names) if variables[n].steps is not None}
         self.own = {f.site: f for f in factors if f.site.removesuffix(MOVES) in names}
+        self.given: dict[str, Named] = {}
         self.variables = {n: variables[n] for n in names if n not in self.chains}
         self.every, self.names = names, names - self.chains.keys()
         self._known: dict[frozenset[str], Named] = {}
@@ -82,17 +83,23 @@ class GuideWeights:
     def _compute(self, names: frozenset[str], plate_sizes: Mapping[str, int]) -> Named:
         needed, frontier = set(names), list(names)
         while frontier:
-            for dim in self.own[frontier.pop()].dims:
+            for dim in self._factor(frontier.pop()).dims:
                 if dim in self.names and dim not in needed:
                     needed.add(dim)
                     frontier.append(dim)
-        factors = [self.own[n] for n in sorted(needed)]
+        factors = [self._factor(n) for n in sorted(needed)]
         plates = frozenset(plate_sizes)
         if needed == names:
             return add([Named(f.log_prob, f.dims) for f in factors], plates)
         plain = [Factor(f.site, f.log_prob, f.dims, f.plates) for f in factors]
         kept = eliminate(plain, self.variables, plate_sizes, keep=names).kept
         return add([t.named for t in kept], plates)
+
+    def _factor(self, name: str) -> Factor:
+        if name in self.own:
+            return self.own[name]
+        probs, plates = self.given[name], self.variables[name].plates
+        return Factor(name, probs.tensor.log(), probs.dims, frozenset(plates))
 
     def chain(self, name: str) -> tuple[Named, Named]:
         """(u_t [time, z, plates…], u_{t,t+1} [step, from, to, plates…]) of a chain, 0 beyond its lengths."""
@@ -102,9 +109,11 @@ class GuideWeights:
 
     def over(self, dims: Sequence[str], plate_sizes: Mapping[str, int]) -> list[Named]:
         """q of what a log-factor with these axes depends on, as factors of a product whose axes are to be summed."""
-        parts = []
+        parts: list[Named] = []
         names = frozenset(d for d in dims if d in self.names)
-        if names:
+        if names and names <= self.given.keys():
+            parts.extend(self.given[n] for n in sorted(names))
+        elif names:
             log_q = self.log_weights(names, plate_sizes)
             parts.append(Named(log_q.tensor.exp(), log_q.dims))
         for name, variable in self.chains.items():
@@ -120,15 +129,23 @@ class GuideWeights:
 
     def without(self, name: str) -> GuideWeights:
         """q of the sites but one; of what was computed, the chains' marginals are kept."""
-        rest = GuideWeights(tuple(self.own.values()), self.variables | self.chains, self.every - {name})
-        rest._steps.update({n: found for n, found in self._steps.items() if n != name})
-        return rest
+        return self._changed(name, (), self.every - {name})
 
     def with_site(self, name: str, factors: Sequence[Factor]) -> GuideWeights:
         """The same with other log-factors for one site; marginals of the other chains are kept."""
+        return self._changed(name, factors, self.every)
+
+    def with_marginal(self, name: str, marginal: Named) -> GuideWeights:
+        """The same with one site independent of the others, of these probabilities [name, plates… in any order]."""
+        new = self._changed(name, (), self.every)
+        new.given[name] = marginal
+        return new
+
+    def _changed(self, name: str, factors: Sequence[Factor], every: frozenset[str]) -> GuideWeights:
         kept = [f for f in self.own.values() if f.site.removesuffix(MOVES) != name]
-        new = GuideWeights((*kept, *factors), self.variables | self.chains, self.every)
+        new = GuideWeights((*kept, *factors), self.variables | self.chains, every)
         new._steps.update({n: found for n, found in self._steps.items() if n != name})
+        new.given.update({n: found for n, found in self.given.items() if n != name})
         return new
 
     def is_summed(self, dim: str) -> bool:
@@ -180,15 +197,19 @@ def chain_marginals(initial: Factor, moves: Factor, variable: Variable) -> tuple
     return Named(stacked, (time_axis(steps), *plates, name)), Named(joint, (step, *plates, before, after))
 
 
-def model_terms(evaluation: Evaluation, data_plate: str | None) -> list[Term]:
-    """log p as terms over the guide's enumerated sites, the model's other enumerated sites summed out, scales applied."""
+def model_terms(evaluation: Evaluation, data_plate: str | None, scaled: bool = True) -> list[Term]:
+    """log p as terms over the guide's enumerated sites, the model's other enumerated sites summed out.
+
+    scaled: scales are applied; else a term that is a factor of one site carries its own.
+    """
     extra = set(evaluation.variables) - evaluation.guide_variables
+    own = _scaled if scaled else _unscaled
     if not extra:
-        return [_scaled(f) for f in evaluation.factors]
+        return [own(f) for f in evaluation.factors]
     chains = {n for n in evaluation.guide_variables if evaluation.variables[n].steps is not None}
     variables = {n: v for n, v in evaluation.variables.items() if n not in chains}
     touched = [f for f in evaluation.factors if _depends_on(f, extra, evaluation.variables)]
-    terms = [_scaled(f) for f in evaluation.factors if not any(f is t for t in touched)]
+    terms = [own(f) for f in evaluation.factors if not any(f is t for t in touched)]
     _check_apart(touched, chains, evaluation.variables)
     done = eliminate(
         touched,
@@ -294,6 +315,15 @@ def expected_log_joint(evaluation: Evaluation, weights: GuideWeights, data_plate
     return constant.mean() if rows is None else constant.mean() + rows.mean(0).sum()
 
 
+def factor_weights(factor: Factor, weights: GuideWeights, plate_sizes: Mapping[str, int]) -> Tensor:
+    """∂ E_q[log p(x, z; θ)]/∂f of a log-factor over q's sites and plates, at its own shape: its scale times q."""
+    parts = [*weights.over(factor.dims, plate_sizes), scale_of(factor)]
+    absent = factor.plates - set(union((factor.dims, *(p.dims for p in parts))))
+    repeats = prod(plate_sizes[p] for p in absent)
+    total = contract(parts, factor.dims).to(factor.log_prob.dtype)
+    return (total * repeats if repeats != 1 else total).expand(factor.log_prob.shape)
+
+
 def expectation(
     term: Named,
     weights: GuideWeights,
@@ -313,6 +343,11 @@ def expectation(
     value = align(term, dims)
     product = q * torch.where(q == 0, torch.zeros((), dtype=value.dtype, device=value.device), value)
     return Named(product.sum(tuple(range(len(inner)))) if inner else product, dims[len(inner) :])
+
+
+def _unscaled(factor: Factor) -> Term:
+    named = Named(factor.log_prob, factor.dims)
+    return Term(named, factor.plates, scale_of(factor), site=factor.site.removesuffix(MOVES))
 
 
 def _scaled(factor: Factor) -> Term:

@@ -25,7 +25,8 @@ Shapes: P points, D elements of an event; values are [P, *batch, *event].
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ class Elementwise(NamedTuple):
     probes: Callable[[Fields], Tensor]
     pair: Callable[[Fields], Tensor]
     back: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    build: Callable[[Fields], Any]
     rows: bool = False
 
 
@@ -125,7 +127,13 @@ def _gamma_probes(q: Fields) -> Tensor:
 
 FAMILIES: dict[type, Elementwise] = {
     dist.Normal: Elementwise(
-        _mean_and_precision, torch.ones_like, lambda z: z, _gaussian_pair, _gaussian_pair, _gaussian_back
+        _mean_and_precision,
+        torch.ones_like,
+        lambda z: z,
+        _gaussian_pair,
+        _gaussian_pair,
+        _gaussian_back,
+        lambda q: dist.Normal(q["loc"], q["precision"] ** -0.5),
     ),
     dist.LogNormal: Elementwise(
         _mean_and_precision,
@@ -134,6 +142,7 @@ FAMILIES: dict[type, Elementwise] = {
         lambda q: _gaussian_pair(q).exp(),
         lambda q: _gaussian_pair(q).exp(),
         _gaussian_back,
+        lambda q: dist.LogNormal(q["loc"], q["precision"] ** -0.5),
     ),
     dist.Gamma: Elementwise(
         lambda f: {"concentration": f.concentration, "rate": f.rate},
@@ -142,6 +151,7 @@ FAMILIES: dict[type, Elementwise] = {
         _gamma_probes,
         _gamma_pair,
         lambda intercept, slope: {"concentration": intercept + 1, "rate": -slope},
+        lambda q: dist.Gamma(q["concentration"], q["rate"]),
     ),
     dist.Beta: Elementwise(
         lambda f: {"concentration1": f.concentration1, "concentration0": f.concentration0},
@@ -150,6 +160,7 @@ FAMILIES: dict[type, Elementwise] = {
         _constant_probes(0.25, 0.75),
         _beta_pair,
         lambda intercept, slope: {"concentration1": intercept + 1, "concentration0": 1 - slope - intercept},
+        lambda q: dist.Beta(q["concentration1"], q["concentration0"]),
     ),
     dist.Dirichlet: Elementwise(
         lambda f: {"concentration": f.concentration},
@@ -158,6 +169,7 @@ FAMILIES: dict[type, Elementwise] = {
         _simplex_probes,
         _dirichlet_pair,
         lambda intercept, slope: {"concentration": intercept + 1},
+        lambda q: dist.Dirichlet(q["concentration"]),
         rows=True,
     ),
 }
@@ -184,6 +196,17 @@ class Member:
     def size(self) -> int:
         return prod(self.event)
 
+    def at(self, fields: Fields) -> Member:
+        """The same site with other parameters."""
+        shaped = {k: fields[k].reshape(old.shape) for k, old in self.fields.items()}
+        family = FAMILIES.get(type(self.base))
+        if family is None:
+            base = dist.MultivariateNormal(shaped["loc"], covariance_matrix=shaped["covariance"])
+        else:
+            base = family.build(shaped)
+        return replace(self, fields=shaped, base=base)
+
+    @cached_property
     def points(self) -> Tensor:
         """Points of equal weight over which the mean of any F linear in t is E_q F, [2 or 2 D, *batch, *event]."""
         if not self.coupled:

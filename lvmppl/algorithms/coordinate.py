@@ -153,7 +153,7 @@ class _Trial:
         assert self.problem.guided is not None
         integrated = IntegratedJoint(self.problem.guided, design)
         sweep = Sweep(CoordinatePlan(replace(self.problem, guided=integrated)), values)
-        members = sweep.members()
+        members = sweep.members
         others = design.points(members, leave=site)
         count = len(next(iter(others.values()))) if others else 1
         member = members[site]
@@ -168,7 +168,7 @@ class _Trial:
         near = [member.base.sample().reshape(shape) for _ in range(_CHECKS)]
         draws = torch.stack([*near, *(_far(draw, member) for draw in near)])
         found = natural.fits(draws, sweep.gradients(site, draws))
-        return found and is_proper(natural.optimum(sweep.scale(site, member)))
+        return found and is_proper(natural.optimum(sweep.scale(site)))
 
 
 def _far(draw: Tensor, member: Member) -> Tensor:
@@ -206,7 +206,7 @@ def _meetings(
     members = joint.design.members(views)
     meets: dict[str, set[str]] = {s: set() for s in sites}
     holders: dict[str, set[str]] = {s: set() for s in sites}
-    leaves = {n: m.points()[0].detach().requires_grad_() for n, m in members.items()}
+    leaves = {n: m.points[0].detach().requires_grad_() for n, m in members.items()}
     with torch.enable_grad():
         for factor in joint.held(leaves).evaluate(problem.data, problem.initial).factors:
             if not factor.log_prob.requires_grad:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import lcm, prod
 
-import torch
 from torch import Tensor
 
 from lvmppl.algorithms.conjugate import Member, member_of
@@ -53,7 +52,7 @@ class Design:
 
     def points(self, members: Mapping[str, Member], leave: str | None = None) -> dict[str, Tensor]:
         """Points of every site but one, [P, *batch, *event], all of the same weight; one of a site that never meets it."""
-        own = {n: m.points() for n, m in members.items() if n != leave}
+        own = {n: m.points for n, m in members.items() if n != leave}
         if leave is not None:
             own = {n: p if n in self.meets[leave] else p[:1] for n, p in own.items()}
         sizes: dict[int, int] = {}
@@ -115,10 +114,18 @@ class IntegratedJoint(Joint):
         )
 
     def expected_factors(
-        self, data: Values, values: Values, rows: Rows | None = None, sites: Iterable[str] | None = None
+        self,
+        data: Values,
+        values: Values,
+        rows: Rows | None = None,
+        sites: Iterable[str] | None = None,
+        members: Mapping[str, Member] | None = None,
     ) -> Evaluation:
-        """E_q of the model's log-factors over the continuous sites; of these sites alone, where some are named."""
-        members = self.design.members(self.view_guide(data, values, rows)[0])
+        """E_q of the model's log-factors over the continuous sites; of these sites alone, where some are named.
+
+        members: q of the continuous sites, where it is known without a run of the guide.
+        """
+        members = members or self.design.members(self.view_guide(data, values, rows)[0])
         points = self.design.points(members)
         each = [self.factors_at(held, data, values, rows, sites) for held in points_of(points)]
         factors = [_mean(own) for own in zip(*(e.factors for e in each), strict=True)]
@@ -163,11 +170,4 @@ def _negative_entropy(view: SiteView, member: Member) -> Factor:
     return Factor(view.name, -entropy.reshape(shape), dims, view.plates, view.scale, view.scale_dims)
 
 
-def scale_of(factor: Factor, dims: tuple[str, ...]) -> Tensor:
-    """The scale of a factor with these axes."""
-    scale = factor.scale
-    tensor = scale if isinstance(scale, Tensor) else torch.tensor(float(scale))
-    return align(Named(tensor, factor.scale_dims), dims)
-
-
-__all__ = ["MAX_POINTS", "Design", "IntegratedJoint", "points_of", "scale_of"]
+__all__ = ["MAX_POINTS", "Design", "IntegratedJoint", "points_of"]

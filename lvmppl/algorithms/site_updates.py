@@ -10,6 +10,7 @@ Shapes: B elements of the site's plates, T steps, K states.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from math import prod
 
@@ -22,12 +23,14 @@ from lvmppl.elbo import MOVES, GuideWeights, expectation
 from lvmppl.exact import chain as kernel
 from lvmppl.exact.elimination import Term
 from lvmppl.exact.named import Named, align
+from lvmppl.exact.scales import ratio, times
 
 
 class SiteUpdate:
-    """One update: the terms of E_q log p that hold the site, q of the others, and the scale of its plate.
+    """One update: the terms of E_q log p that hold the site, q of the others, and the scale of the site.
 
-    scale: [*plates], what the model repeats the site by; q ∝ exp(potential / scale).
+    The scale is what the model repeats the site by: q ∝ exp(potential / scale), so a term counts by the ratio of its
+    own to it.
     """
 
     def __init__(
@@ -37,7 +40,7 @@ class SiteUpdate:
         terms: Sequence[Term],
         weights: GuideWeights,
         plate_sizes: Mapping[str, int],
-        scale: Tensor,
+        scale: Named,
     ) -> None:
         self.block, self.variable, self.sizes = block, variable, plate_sizes
         self.terms, self.rest, self.weights = terms, weights.without(block.site), weights
@@ -52,27 +55,29 @@ class SiteUpdate:
         return self._chain() if self.block.kind == CHAIN else self._steps()
 
     def _table(self) -> Tensor:
-        """[*plates, K]."""
-        potential = self._sum([self._expected(t) for t in self.terms], (self.block.site,))
-        return _softmax(potential.expand(*self.shape, self.variable.size))
+        """[*plates, K]; the states are the slowest axis in memory, as they are in the terms."""
+        parts = [self._expected(t) for t in self.terms]
+        potential = self._sum(parts, (self.block.site, *self.block.plates))
+        return _softmax(potential.expand(self.variable.size, *self.shape), 0).movedim(0, -1)
 
     def _expected(self, term: Term, own: tuple[str, ...] = ()) -> Named:
-        """E of a term over the other sites, summed over the plates that the site does not stand in."""
-        mean = expectation(term.named, self.rest, self.sizes, frozenset(own))
+        """E of a term over the other sites, by its scale, summed over the plates that the site does not stand in."""
+        scaled = times(term.named, ratio(term.scale, self.scale))
+        mean = expectation(scaled, self.rest, self.sizes, frozenset(own))
         plates = set(self.sizes) & (term.plates | set(mean.dims)) - set(own)
         outside = [p for p in plates if p not in self.block.plates]
         axes = [i for i, d in enumerate(mean.dims) if d in outside]
         tensor = mean.tensor.sum(axes) if axes else mean.tensor
         repeats = prod(self.sizes[p] for p in outside if p not in mean.dims)
-        return Named(tensor * repeats, tuple(d for d in mean.dims if d not in outside))
+        return Named(
+            tensor * repeats if repeats != 1 else tensor, tuple(d for d in mean.dims if d not in outside)
+        )
 
-    def _sum(self, parts: Sequence[Named], own: tuple[str, ...]) -> Tensor:
-        """[*plates, *own] of the terms, over the scale."""
-        total = torch.zeros([1] * (len(self.block.plates) + len(own)), dtype=self.scale.dtype)
-        for part in parts:
-            total = total + align(part, (*self.block.plates, *own))
-        scale = self.scale.reshape(*self.scale.shape, *[1] * len(own))
-        return torch.where(scale > 0, total / torch.where(scale > 0, scale, 1.0), 0.0)
+    def _sum(self, parts: Sequence[Named], dims: tuple[str, ...]) -> Tensor:
+        """The sum of the terms [*dims]."""
+        if not parts:
+            return torch.zeros([1] * len(dims), dtype=self.scale.tensor.dtype)
+        return functools.reduce(torch.add, [align(part, dims) for part in parts])
 
     def _factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Log-factors of the chain that q becomes: start [B, K], moves [B, T−1, K, K], steps [B, T, K]."""
@@ -86,9 +91,11 @@ class SiteUpdate:
             part = self._expected(term, (name, step, before, after, time))
             kind = moves if before in part.dims else each if time in part.dims else start
             kind.append(part)
-        a = self._sum(start, (name,)).expand(*self.shape, states)
-        A = self._sum(moves, (step, before, after)).expand(*self.shape, max(steps - 1, 1), states, states)
-        each_step = self._sum(each, (time, name)).expand(*self.shape, steps, states)
+        plates = self.block.plates
+        a = self._sum(start, (*plates, name)).expand(*self.shape, states)
+        A = self._sum(moves, (*plates, step, before, after))
+        A = A.expand(*self.shape, max(steps - 1, 1), states, states)
+        each_step = self._sum(each, (*plates, time, name)).expand(*self.shape, steps, states)
         return (
             a.reshape(-1, states),
             A.reshape(-1, max(steps - 1, 1), states, states),
@@ -141,16 +148,20 @@ class SiteUpdate:
             q = torch.where(running.unsqueeze(-1), q, 1.0 / states)
         return {"probs": q.reshape(*self.shape, steps, states)}
 
-    def factors(self, fields: Mapping[str, Tensor]) -> list[Factor]:
-        """log q of the site with these fields."""
+    def weights_after(self, fields: Mapping[str, Tensor]) -> GuideWeights:
+        """q with these fields of the site."""
         name, plates = self.block.site, self.block.plates
         if self.variable.steps is None:
             probs = fields["probs"] if "probs" in fields else _both(fields["probability"])
-            return [_factor(name, probs, (*plates, name))]
-        step, before, after = chain_axes(name, self.variable.steps)
+            return self.weights.with_marginal(name, Named(probs, (*plates, name)))
+        return self.weights.with_site(name, self._chain_factors(fields, self.variable.steps))
+
+    def _chain_factors(self, fields: Mapping[str, Tensor], steps: int) -> list[Factor]:
+        name, plates = self.block.site, self.block.plates
+        step, before, after = chain_axes(name, steps)
         if self.block.kind == STEPS:
             probs = fields["probs"]
-            later = probs[..., 1:, :] if self.variable.steps > 1 else probs
+            later = probs[..., 1:, :] if steps > 1 else probs
             initial = probs[..., 0, :]
             moves = later.unsqueeze(-2).expand(*later.shape[:-1], self.variable.size, self.variable.size)
         else:
@@ -169,12 +180,12 @@ def _both(probability: Tensor) -> Tensor:
     return torch.stack([1 - probability, probability], -1)
 
 
-def _softmax(potential: Tensor) -> Tensor:
-    """exp(potential)/Σ along the last axis; uniform where every state is impossible."""
-    top = potential.amax(-1, keepdim=True)
-    weights = (potential - torch.where(torch.isfinite(top), top, 0.0)).exp_()
-    total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total, 1.0 / potential.shape[-1])
+def _softmax(potential: Tensor, axis: int = -1) -> Tensor:
+    """exp(potential)/Σ along an axis; uniform where every state is impossible."""
+    probs = torch.softmax(potential, axis)
+    if bool(torch.isfinite(probs.sum())):
+        return probs
+    return torch.where(torch.isnan(probs), 1.0 / potential.shape[axis], probs)
 
 
 def _normalised(probs: Tensor) -> Tensor:

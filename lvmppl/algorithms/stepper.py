@@ -139,10 +139,11 @@ class Stepper:
         return {**self.fixed, **self.coordinates.constrain({**live, **rows})}, rows
 
     def full_values(self) -> dict[str, Tensor]:
-        """All constrained values, detached."""
+        """All constrained values, detached; what does not move here is the same tensor every time."""
         with torch.no_grad():
-            values = {**self.fixed, **self.coordinates.constrain(self.leaves)}
-        return {n: v.detach().clone() for n, v in values.items()}
+            moving = self.coordinates.constrain(self.leaves)
+        still = {n: v.detach() if v.requires_grad else v for n, v in self.fixed.items()}
+        return {**still, **{n: v.detach().clone() for n, v in moving.items()}}
 
     def averaged_values(self) -> dict[str, Tensor]:
         """The constrained mean iterate of the tail (averaged in unconstrained coordinates)."""

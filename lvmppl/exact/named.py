@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,20 @@ def add(terms: Sequence[Named], plates: frozenset[str] = frozenset(), first: str
     for term in terms[1:]:
         total = total + align(term, dims)
     return Named(total, dims)
+
+
+def contract(factors: Sequence[Named], dims: Sequence[str]) -> Tensor:
+    """Σ of the product over every axis that is not among `dims`; the axes of `dims` in order, size 1 if in no factor."""
+    names = union(f.dims for f in factors)
+    if set(names) <= set(dims):
+        return functools.reduce(torch.mul, [align(f, dims) for f in factors])
+    kept = [i for i, d in enumerate(names) if d in dims]
+    dtype = functools.reduce(torch.promote_types, (f.tensor.dtype for f in factors))
+    operands: list[Any] = []
+    for factor in factors:
+        operands += [factor.tensor.to(dtype), [names.index(d) for d in factor.dims]]
+    total: Tensor = torch.einsum(*operands, kept)
+    return align(Named(total, tuple(names[i] for i in kept)), dims)
 
 
 def exp_(values: Tensor) -> Tensor:

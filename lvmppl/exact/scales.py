@@ -67,6 +67,8 @@ def ratio(inner: Named, outer: Named) -> Named:
     """The scale that a plate carries beyond that of a plate around it; 1 where both are 0."""
     if is_one(outer):
         return inner
+    if inner.dims == outer.dims and torch.equal(inner.tensor, outer.tensor):
+        return UNIT
     dims = union((inner.dims, outer.dims))
     own, around = align(inner, dims), align(outer, dims)
     return Named(torch.where(around == 0, 1.0, own / torch.where(around == 0, 1.0, around)), dims)
