@@ -106,7 +106,7 @@ def _shaken(block: Block, values: Mapping[str, Tensor], generator: torch.Generat
         if key == "loc":
             result[key] = value + sd * noise
         else:
-            result[key] = value if key == "covariance" else field * (0.1 * noise).exp()
+            result[key] = value if key == "covariance" else value * (0.1 * noise).exp()
     return result
 
 
