@@ -156,10 +156,17 @@ def _check_objective(problem: Problem, options: VariationalOptions) -> None:
     assert problem.guided is not None and problem.guided.guide_structure is not None
     sites = problem.guided.guide_structure.sites.values()
     outside = [s.name for s in sites if s.kind == "latent" and problem.data_plate not in s.plates]
-    if outside and (options.batch_size is not None or options.validation_fraction):
-        raise InputError(
-            where,
-            f"all rows at every step, because {', '.join(outside)} is drawn for all of them together",
-            "batch_size" if options.batch_size is not None else "validation_fraction",
-            "leave it out, or use objective: elbo",
-        )
+    if outside:
+        check_all_rows(problem, options, f"{', '.join(outside)} is drawn for all of them together")
+
+
+def check_all_rows(problem: Problem, options: VariationalOptions, why: str) -> None:
+    """Raises InputError where an importance-weighted bound is that of all rows together and a step has some of them."""
+    if options.batch_size is None and not options.validation_fraction:
+        return
+    raise InputError(
+        f"fit '{problem.name}': objective importance_weighted",
+        f"all rows at every step, because {why}",
+        "batch_size" if options.batch_size is not None else "validation_fraction",
+        "leave it out, or use objective: elbo",
+    )

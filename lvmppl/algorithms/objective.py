@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.baselines import Baselines
-from lvmppl.algorithms.choices import choose, drawn_outside
+from lvmppl.algorithms.choices import check_all_rows, choose, drawn_outside
 from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.reach import all_terms_outside, terms_reached, ties_rows
 from lvmppl.algorithms.surrogate import Draws, Estimate, at_draws, elbo_estimate, importance_estimate, stacked
 from lvmppl.density import PARTICLES, Drawing, Evaluation, Rows, Values, with_scales
-from lvmppl.elbo import Part
 from lvmppl.errors import InputError, ModelError
 from lvmppl.options import Annealing, VariationalOptions
 
@@ -44,6 +44,7 @@ class Objective:
         self.soft = frozenset(c.site for c in self.choices if c.estimator == "gumbel_softmax")
         self.hard = frozenset(c.site for c in self.choices if c.estimator == "straight_through")
         self.whole = bool(drawn_outside(problem, self.choices))
+        self.reached: dict[str, frozenset[str]] = {}  # of score-function sites: terms outside of their plates
         self.baselines = Baselines({c.site: c.baseline for c in self.choices}, problem.data_plate)
         self.analytic: frozenset[str] = frozenset()
         self.looped = ""
@@ -91,7 +92,7 @@ class Objective:
             return self._importance(data, values, rows, drawing)
         draws = self._draws(data, values, rows, drawing)
         weights = self._weights(draws, rows, step)
-        estimate = elbo_estimate(draws, self.problem.data_plate, weights, self.baselines)
+        estimate = elbo_estimate(draws, self.problem.data_plate, weights, self.baselines, self.reached)
         if not self.soft:
             return estimate
         # a relaxed state is no draw of q: what is reported is the bound at states
@@ -214,6 +215,37 @@ class Objective:
         particles = max(2, self.particles)
         drawing = replace(self._drawing(0), particles=particles)
         state = torch.get_rng_state()
+        self._try_at_once(data, values, rows, drawing, state)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._try_reach(data, values, rows, drawing)
+        finally:
+            torch.set_rng_state(state)
+
+    def _try_reach(self, data: Values, values: Values, rows: Rows, drawing: Drawing) -> None:
+        """Which terms outside of a site's plates its draw reaches."""
+        structure, plate = self.joint.guide_structure, self.problem.data_plate
+        assert structure is not None
+
+        def evaluate(how: Drawing) -> Evaluation:
+            return self.joint.evaluate(data, values, rows, how)
+
+        if self.num_samples is not None:
+            if not self.whole and ties_rows(evaluate, drawing, plate, not self.looped):
+                self.whole = True
+                check_all_rows(self.problem, self.options, "a term of all rows depends on each")
+            return
+        single = evaluate(replace(drawing, particles=1)) if self.scores else None
+        for site in sorted(self.scores):
+            assert single is not None
+            plates = frozenset(structure.sites[site].plates)
+            if self.looped:
+                self.reached[site] = all_terms_outside(at_draws(single, plate), plates)
+            else:
+                self.reached[site] = terms_reached(evaluate, drawing, site, plates, single.samples)
+
+    def _try_at_once(self, data: Values, values: Values, rows: Rows, drawing: Drawing, state: Tensor) -> None:
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -241,9 +273,10 @@ class Objective:
             }
             torch.set_rng_state(state)
             alone = at_draws(joint.evaluate(data, values, rows, replace(single, held=held)), plate)
-            for a, b in zip(whole.parts, alone.parts, strict=True):
-                if not _same(a, b, particle, whole, alone, plate):
-                    return f"the terms of '{a.site or 'the model'}' differ when draws are taken at once"
+            left, right = _by_site(whole, plate), _by_site(alone, plate)
+            for site in left:
+                if not _same(left[site], right[site], particle):
+                    return f"the terms of '{site or 'the model'}' differ when draws are taken at once"
         return ""
 
     def _of_particle(self, site: str, value: Tensor, particle: int) -> Tensor:
@@ -278,12 +311,23 @@ class Objective:
         return frozenset(found)
 
 
-def _same(a: Part, b: Part, particle: int, whole: Draws, alone: Draws, plate: str | None) -> bool:
-    keep = (PARTICLES,) if plate is None or plate not in a.plates else (PARTICLES, plate)
-    left, right = a.reduced(keep, whole.plate_sizes), b.reduced(keep, alone.plate_sizes)
-    left = left[particle if len(left) > 1 else 0]
+def _by_site(draws: Draws, plate: str | None) -> dict[str, Tensor]:
+    """The terms of each site added up [J, B or 1]; what the model's sums leave may be cut up in one way or another."""
+    found: dict[str, Tensor] = {}
+    for part in draws.parts:
+        own = part.plates if part.site else frozenset()
+        keep = (PARTICLES,) if plate is None or plate not in own else (PARTICLES, plate)
+        value = part.reduced(keep, draws.plate_sizes).reshape(
+            -1, 1 if len(keep) == 1 else draws.plate_sizes[keep[1]]
+        )
+        found[part.site] = found[part.site] + value if part.site in found else value
+    return found
+
+
+def _same(several: Tensor, alone: Tensor, particle: int) -> bool:
+    left = several[particle if len(several) > 1 else 0]
     close = 1e-7 if left.dtype == torch.float64 else 1e-3
-    return torch.allclose(left, right[0].expand_as(left), rtol=close, atol=close, equal_nan=True)
+    return torch.allclose(left, alone[0], rtol=close, atol=close, equal_nan=True)
 
 
 __all__ = ["Objective"]

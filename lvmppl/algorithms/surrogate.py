@@ -6,9 +6,9 @@ For the ELBO with f = log p(x, z) − log q(z; λ) and draws z_j,
 
 where s runs over the sites whose value carries no gradient (score function; Williams 1992), R_s is the sum of the terms of
 f that z_s can reach, and b_s a baseline that does not depend on z_j. The first term carries the exact sums, the pathwise
-derivatives and those of θ; E ∇ log q = 0 takes care of log q in f. R_s is taken at the plates of its site: a term outside
-of a plate cannot depend on a site inside of it, so a row's score meets that row's terms only, and log q of sites drawn
-before s is left out (Rao-Blackwellisation: Ranganath et al. 2014, §3; Schulman et al. 2015).
+derivatives and those of θ; E ∇ log q = 0 takes care of log q in f. R_s is taken at the plates of its site, so that a row's
+score meets that row's terms only, and those terms outside of the plates that the draw reaches (`reach`); log q of sites
+drawn before s is left out (Rao-Blackwellisation: Ranganath et al. 2014, §3; Schulman et al. 2015).
 
 Shapes: J particles, K samples of an importance-weighted bound, B rows of a batch.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -94,9 +95,17 @@ def stacked(draws: Sequence[Draws]) -> Draws:
 
 
 def elbo_estimate(
-    draws: Draws, data_plate: str | None, weights: Mapping[str, float], baseline: Baseline
+    draws: Draws,
+    data_plate: str | None,
+    weights: Mapping[str, float],
+    baseline: Baseline,
+    reached: Mapping[str, frozenset[str]] = MappingProxyType({}),
 ) -> Estimate:
-    """The ELBO and its surrogate. weights: of the terms of latent sites in the gradient, 1 where not given."""
+    """The ELBO and its surrogate.
+
+    weights: of the terms of latent sites in the gradient, 1 where not given. reached: by score-function site, the sites
+    whose terms its draw reaches outside of its plates.
+    """
     bound = _total(draws.parts, data_plate, draws.plate_sizes)
     parts, weighted = draws.parts, bound
     if any(w != 1.0 for w in weights.values()):
@@ -105,7 +114,7 @@ def elbo_estimate(
     surrogate = weighted
     for factor, rank in draws.scores if torch.is_grad_enabled() else ():
         plates = sorted(factor.plates)
-        signal = _signal(parts, factor, rank, plates, draws)
+        signal = _signal(parts, factor, rank, draws, reached.get(factor.site, frozenset()))
         advantage = signal - baseline(factor.site, signal, plates)
         log_q = align(Named(factor.log_prob, factor.dims), (PARTICLES, *plates))
         surrogate = surrogate + (log_q * advantage.detach()).sum() / draws.particles
@@ -121,11 +130,15 @@ def _total(parts: Sequence[Part], data_plate: str | None, plate_sizes: Mapping[s
     return constant.mean() if rows is None else constant.mean() + rows.mean(0).sum()
 
 
-def _signal(parts: Sequence[Part], factor: Factor, rank: int, plates: Sequence[str], draws: Draws) -> Tensor:
+def _signal(
+    parts: Sequence[Part], factor: Factor, rank: int, draws: Draws, reached: frozenset[str]
+) -> Tensor:
     """R_s [J, *plates], detached.
 
-    What is left of sites that the model summed has lost its inner plates: it counts at the plates that it still has.
+    What is left of sites that the model summed has lost its inner plates: it counts at the plates that it still has, as
+    do the terms of `reached`.
     """
+    plates = sorted(factor.plates)
     keep = (PARTICLES, *plates)
     shape = (draws.particles, *(draws.plate_sizes[p] for p in plates))
     total = factor.log_prob.new_zeros(shape)
@@ -134,7 +147,7 @@ def _signal(parts: Sequence[Part], factor: Factor, rank: int, plates: Sequence[s
             continue
         if factor.plates <= part.plates:
             total = total + part.reduced(keep, draws.plate_sizes).detach()
-        elif not part.site:
+        elif not part.site or part.site in reached:
             common = (PARTICLES, *(p for p in plates if p in part.plates))
             total = total + align(Named(part.reduced(common, draws.plate_sizes).detach(), common), keep)
     return total
