@@ -362,7 +362,8 @@ def chain_of_logits_with_a_table_a_step(x: Tensor, lengths: Tensor) -> None:
     scale = pyro.param("scale", torch.tensor(1.5, dtype=torch.float64), constraint=constraints.positive)
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", MarkovChain.from_logits(start, moves, 6, lengths), infer=ENUMERATE)
-        pyro.sample("x", dist.Normal(loc[z], scale).to_event(1), obs=x)
+        seen = torch.arange(6) < lengths.unsqueeze(-1)
+        pyro.sample("x", dist.Normal(loc[z], scale).mask(seen).to_event(1), obs=x)
 
 
 @case(blobs, "weights loc scale")

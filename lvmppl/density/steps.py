@@ -47,6 +47,7 @@ def check_steps(joint: Joint, data: Values, values: Values) -> None:
         again = _Probe(joint, pinned, sequences).evaluate(data, values, rows)
         for before, after in zip(first.factors, again.factors, strict=True):
             _compare(before, after, first.variables)
+            _check_masked(before, first.variables)
 
 
 class _Pinned(Messenger):
@@ -119,6 +120,28 @@ def _compare(before: Factor, after: Factor, variables: Mapping[str, Variable]) -
             "a dependence on its states at other steps",
             "use the states as they are (table[z]); for a longer memory enlarge the state",
         )
+
+
+def _check_masked(factor: Factor, variables: Mapping[str, Variable]) -> None:
+    """Nothing is observed of a chain that is over: the sweeps do not read it, while plain Pyro would score it."""
+    for name in factor.dims:
+        variable = variables.get(name)
+        time = time_axis(variable.steps or 0) if variable is not None else ""
+        if variable is None or variable.lengths is None or time not in factor.dims:
+            continue
+        order = [variable.lengths_dims.index(d) for d in factor.dims if d in variable.lengths_dims]
+        lengths = variable.lengths.permute(order)[
+            tuple(slice(None) if d in variable.lengths_dims else None for d in factor.dims)
+        ]
+        step = [-1 if d == time else 1 for d in factor.dims]
+        over = torch.arange(variable.steps or 0, device=lengths.device).reshape(step) >= lengths
+        if bool((factor.log_prob.masked_fill(~over, 0.0) != 0.0).any()):
+            raise ModelError(
+                f"site '{factor.site}'",
+                f"to be masked beyond the lengths of the chain {name}",
+                "log-densities there, which plain Pyro counts and the sum over sequences leaves out",
+                "write fn.mask(torch.arange(T) < lengths.unsqueeze(-1)) before .to_event(1)",
+            )
 
 
 def _looked_up(factor: Factor, chains: list[str], variables: Mapping[str, Variable]) -> Tensor:
