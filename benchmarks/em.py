@@ -8,8 +8,9 @@
 - `memmap`    a diagonal mixture of 10 000 000 × 4 data in a .npy memory map, seconds and the peak of resident memory
 
 Everything starts from the same parameters. Milliseconds an iteration are (seconds of b iterations − seconds of a)
-/ (b − a), so that what a fit does once counts for nobody; the programs take turns, and what is printed is the median of
-their repetitions and the median of the ratios of paired runs, beside the ratio aimed at. Ours and scikit-learn and hmmlearn
+/ (b − a), so that what a fit does once counts for nobody. The programs take turns, each in a process of its own (see
+`apart.py`); what is printed is the median of their repetitions and the median of the ratios of paired runs, beside the
+ratio aimed at. Ours and scikit-learn and hmmlearn
 work in float64; pomegranate knows float32 only; dynamax is shown in both, its `fit_em` compiled as a whole and warmed
 up. (A model works in the dtype of its floating data, else in torch's default: symbols are integers, so that the hidden
 Markov model is in float64 because its parameters are made so.) Peers that are not installed are skipped (`pip install
@@ -34,6 +35,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from apart import Apart
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -49,21 +51,15 @@ ENUMERATE = {"enumerate": "parallel"}
 # ---------------------------------------------------------------------------------------------------------- timing
 
 
-def seconds_of(run: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
-def per_iteration(fits: Mapping[str, Fit], repetitions: int, few: int, many: int) -> dict[str, list[float]]:
+def per_iteration(fits: Mapping[str, Apart], repetitions: int, few: int, many: int) -> dict[str, list[float]]:
     """Milliseconds an iteration, a list of repetitions by program; the programs take turns."""
     for fit in fits.values():
-        fit(few), fit(many)
+        fit.seconds(few), fit.seconds(many)
     result: dict[str, list[float]] = {name: [] for name in fits}
     for _ in range(repetitions):
         for name, fit in fits.items():
-            once = seconds_of(lambda fit=fit: fit(few))  # type: ignore[misc]
-            result[name].append(1e3 * (seconds_of(lambda fit=fit: fit(many)) - once) / (many - few))  # type: ignore[misc]
+            once = fit.seconds(few)
+            result[name].append(1e3 * (fit.seconds(many) - once) / (many - few))
     return result
 
 
@@ -150,11 +146,15 @@ def mixture(repetitions: int) -> None:
         "full": {"scikit-learn": 0.3, "pomegranate float32": 0.9},
     }
     for kind, model in models.items():
-        fits = {"lvmppl": ours(functools.partial(model, loc=torch.as_tensor(loc), variance=variance), x)}
+        own = functools.partial(model, loc=torch.as_tensor(loc), variance=variance)
+        fits = {"lvmppl": Apart(functools.partial(ours, own, x), objectives)}
         if is_installed("sklearn"):
-            fits["scikit-learn"] = scikit_mixture(x, loc, variance, kind)
+            build = functools.partial(scikit_mixture, x, loc, variance, kind)
+            fits["scikit-learn"] = Apart(build, lambda fit: fit.lower_bound_)
         if is_installed("pomegranate"):
-            fits["pomegranate float32"] = pomegranate_mixture(x, loc, variance, kind)
+            fits["pomegranate float32"] = Apart(
+                functools.partial(pomegranate_mixture, x, loc, variance, kind)
+            )
         check_mixtures(fits, rows)
         show(
             f"{kind} mixture, N={rows} D={width} K={size}",
@@ -164,16 +164,21 @@ def mixture(repetitions: int) -> None:
         )
 
 
-def check_mixtures(fits: Mapping[str, Fit], rows: int) -> None:
+def check_mixtures(fits: Mapping[str, Apart], rows: int) -> None:
     """The log evidence after four iterations is everybody's, so that everybody did the same work."""
-    found = fits["lvmppl"](4).history["objective"].iloc[-2]
+    found = fits["lvmppl"].result(4)[-2]
     if "scikit-learn" in fits:
-        np.testing.assert_allclose(fits["scikit-learn"](4).lower_bound_ * rows, found, rtol=1e-9)
+        np.testing.assert_allclose(fits["scikit-learn"].result(4) * rows, found, rtol=1e-9)
 
 
 def ours(model: Callable[..., Any], x: np.ndarray) -> Fit:
     data = {"x": torch.as_tensor(x)}
     return lambda iterations: lvmppl.fit(model, data, algorithm="em", max_steps=iterations, tolerance=0)
+
+
+def objectives(fit: Any) -> list[float]:
+    """Log evidence after each step of one of our fits."""
+    return [float(v) for v in fit.history["objective"]]
 
 
 # ------------------------------------------------------------------------------------------- hidden Markov models
@@ -256,25 +261,31 @@ def hmm(repetitions: int) -> None:
         own = {k: torch.as_tensor(v, dtype=dtype) for k, v in start.items()}
         return functools.partial(hidden_markov, **own)
 
-    fits = {"lvmppl": ours(model(torch.float64), x), "lvmppl float32": ours(model(torch.float32), x)}
+    fits = {
+        "lvmppl": Apart(lambda: ours(model(torch.float64), x), objectives),
+        "lvmppl float32": Apart(lambda: ours(model(torch.float32), x), objectives),
+    }
     aims = {"hmmlearn scaling": 0.25, "dynamax float64": 0.5, "dynamax float32": 0.5}
     if is_installed("hmmlearn"):
-        fits["hmmlearn scaling"] = hmmlearn_fit(x, start)
+        fits["hmmlearn scaling"] = Apart(
+            lambda: hmmlearn_fit(x, start), lambda fit: list(fit.monitor_.history)
+        )
     if is_installed("dynamax"):
-        fits["dynamax float64"] = dynamax_fit(x, start, "float64")
-        fits["dynamax float32"] = dynamax_fit(x, start, "float32")
+        for dtype in ("float64", "float32"):
+            build = functools.partial(dynamax_fit, x, start, dtype)
+            fits[f"dynamax {dtype}"] = Apart(build, lambda found: np.asarray(found[1]))
     check_chains(fits)
     title = f"categorical hidden Markov model, N={sequences} T={steps} K={states} V={symbols}"
     show(title, per_iteration(fits, repetitions, 2, 12), "ms an iteration", aims)
 
 
-def check_chains(fits: Mapping[str, Fit]) -> None:
+def check_chains(fits: Mapping[str, Apart]) -> None:
     """Log evidences of three iterations agree (hmmlearn and dynamax report those before the last update)."""
-    found = fits["lvmppl"](3).history["objective"].to_numpy()
+    found = np.array(fits["lvmppl"].result(3))
     if "hmmlearn scaling" in fits:
-        np.testing.assert_allclose(list(fits["hmmlearn scaling"](3).monitor_.history), found[:3], rtol=1e-9)
+        np.testing.assert_allclose(fits["hmmlearn scaling"].result(3), found[:3], rtol=1e-9)
     if "dynamax float64" in fits:
-        values = np.asarray(fits["dynamax float64"](3)[1])  # with the constant of its flat priors
+        values = fits["dynamax float64"].result(3)  # with the constant of its flat priors
         np.testing.assert_allclose(np.diff(values), np.diff(found[:3]), rtol=1e-6)
 
 
@@ -288,33 +299,32 @@ def restarts(repetitions: int) -> None:
     model = functools.partial(full_mixture, loc=torch.as_tensor(x[[10, 60, 110]]), variance=1.0)
     data = {"x": torch.as_tensor(x)}
 
-    def ours_of(init: str) -> Any:
+    def own() -> Any:
         return lvmppl.fit(
-            model, data, algorithm="em", init=init, restarts=count, tolerance=tolerance, max_steps=1000
+            model, data, algorithm="em", init="kmeans", restarts=count, tolerance=tolerance, max_steps=1000
         )
 
-    programs: dict[str, Callable[[], Any]] = {"lvmppl": lambda: ours_of("kmeans")}
-    aims = {}
-    from sklearn.mixture import GaussianMixture
+    def peer(init: str) -> Callable[[], Any]:
+        from sklearn.mixture import GaussianMixture
 
+        return lambda: GaussianMixture(
+            3, n_init=count, tol=absolute, reg_covar=0.0, max_iter=1000, init_params=init, random_state=0
+        ).fit(x)
+
+    programs, aims = {"lvmppl": Apart(lambda: own)}, {}
     # Our restarts but the first start at random responsibilities, as scikit-learn's `random` does: of these two programs
     # each takes about 2000 steps in all. Its default `kmeans` starts 20 times next to the same optimum, about 540 steps.
     # A change of the total by 1e-8 of itself is one of the mean log-likelihood, scikit-learn's measure, by this:
     absolute = tolerance * 180.2 / len(x)
     for init in ("kmeans", "random"):
-        programs[f"scikit-learn {init}"] = functools.partial(
-            lambda init: GaussianMixture(
-                3, n_init=count, tol=absolute, reg_covar=0.0, max_iter=1000, init_params=init, random_state=0
-            ).fit(x),
-            init,
-        )
+        programs[f"scikit-learn {init}"] = Apart(functools.partial(peer, init))
         aims[f"scikit-learn {init}"] = 0.3
     for run in programs.values():
-        run()
+        run.seconds()
     found: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repetitions):
         for name, run in programs.items():
-            found[name].append(seconds_of(run))
+            found[name].append(run.seconds())
     show(f"{count} restarts of a mixture of irises, K=3, full covariance, to {tolerance:g}", found, "s", aims)
 
 

@@ -10,8 +10,9 @@
 - `small`     log evidence and marginals of a two-component mixture of five rows, from nothing: pymc-extras' `marginalize`
               and `recover_marginals`, which compile first (`pip install pymc-extras`)
 
-The programs take turns in one process; printed are the median of their repetitions, and the median of the ratios of paired
-runs beside the ratio aimed at. Results are compared first. Peers that are not installed are skipped.
+The programs take turns, each in a process of its own (see `apart.py`); printed are the median of their repetitions, and
+the median of the ratios of paired runs beside the ratio aimed at. Results are compared first. Peers that are not
+installed are skipped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from apart import Apart
 
 import lvmppl
 from lvmppl.models.hmm import hidden_markov
@@ -42,16 +44,16 @@ def seconds_of(run: Program) -> float:
 
 
 def side_by_side(
-    title: str, programs: Mapping[str, Program], repetitions: int, aims: Mapping[str, float]
+    title: str, programs: Mapping[str, Apart], repetitions: int, aims: Mapping[str, float]
 ) -> None:
     """Every program in turn; the first is ours."""
     mine = next(iter(programs))
     for run in programs.values():
-        run()
+        run.seconds()
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for _ in range(repetitions):
         for name, run in programs.items():
-            seconds[name].append(seconds_of(run))
+            seconds[name].append(run.seconds())
     print(title)
     for name, runs in seconds.items():
         line = f"  {name:24s} {1e3 * statistics.median(runs):9.1f} ms"
@@ -90,15 +92,23 @@ def mixture_posterior(x: np.ndarray, theta: Mapping[str, np.ndarray]) -> Any:
 
 def mixture(args: argparse.Namespace) -> None:
     x, theta = mixture_problem(100_000)
-    programs: dict[str, Program] = {"lvmppl": lambda: mixture_posterior(x, theta).marginal("z").probs.numpy()}
-    if importlib.util.find_spec("sklearn"):
+
+    def own() -> Any:
+        return mixture_posterior(x, theta).marginal("z").probs.numpy()
+
+    def peer() -> Program:
         from sklearn.mixture import GaussianMixture
 
-        peer = GaussianMixture(len(theta["loc"]))
-        peer.weights_, peer.means_, peer.covariances_ = theta["weights"], theta["loc"], theta["covariance"]
-        peer.precisions_cholesky_ = np.linalg.inv(np.linalg.cholesky(theta["covariance"])).transpose(0, 2, 1)
-        programs["scikit-learn"] = lambda: peer.predict_proba(x)
-        np.testing.assert_allclose(programs["lvmppl"](), programs["scikit-learn"](), atol=1e-10)
+        found = GaussianMixture(len(theta["loc"]))
+        found.weights_, found.means_, found.covariances_ = theta["weights"], theta["loc"], theta["covariance"]
+        found.precisions_cholesky_ = np.linalg.inv(np.linalg.cholesky(theta["covariance"])).transpose(0, 2, 1)
+        return lambda: found.predict_proba(x)
+
+    programs = {"lvmppl": Apart(lambda: own, np.array)}
+    if importlib.util.find_spec("sklearn"):
+        programs["scikit-learn"] = Apart(peer, np.array)
+        ours, theirs = (p.result() for p in programs.values())
+        np.testing.assert_allclose(ours, theirs, atol=1e-10)
     title = "responsibilities of a full mixture, N = 100 000, D = K = 16"
     side_by_side(title, programs, args.repetitions, {"scikit-learn": 0.6})
 
@@ -156,14 +166,18 @@ def dynamax_pass(p: Mapping[str, np.ndarray]) -> Program:
 def hmm(args: argparse.Namespace) -> None:
     torch.set_default_dtype(torch.float64)
     p = hmm_problem(100, 500)
-    programs: dict[str, Program] = {"lvmppl": lambda: hmm_pass(p)}
+
+    def counts(found: Any) -> Any:
+        return found[1]
+
+    programs = {"lvmppl": Apart(lambda: functools.partial(hmm_pass, p), counts)}
     if importlib.util.find_spec("hmmlearn"):
-        programs["hmmlearn scaling"] = hmmlearn_pass(p)
+        programs["hmmlearn scaling"] = Apart(functools.partial(hmmlearn_pass, p), counts)
     if importlib.util.find_spec("dynamax"):
-        programs["dynamax"] = dynamax_pass(p)
-    expected = hmm_pass(p)[1]
+        programs["dynamax"] = Apart(functools.partial(dynamax_pass, p), counts)
+    expected = programs["lvmppl"].result()
     for name, run in programs.items():
-        np.testing.assert_allclose(run()[1], expected, rtol=1e-7, err_msg=name)
+        np.testing.assert_allclose(run.result(), expected, rtol=1e-7, err_msg=name)
     title = "marginals and transition counts, 100 sequences × T = 500, K = 32, V = 256"
     side_by_side(title, programs, args.repetitions, {"hmmlearn scaling": 0.2, "dynamax": 0.4})
 
