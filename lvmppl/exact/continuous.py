@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.distributions import CatTransform, Transform, biject_to, constraints, identity_transform
 
 from lvmppl.density import POINTS, Evaluation, Factor, HeldJoint, Joint, Rows, SiteInfo, Values
-from lvmppl.errors import IntractableError
+from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.named import Named, align
 from lvmppl.exact.summed import entries_at_a_point, log_joint_at, pieces_of
 
 MAX_CONFIGURATIONS = 4096
 MAX_DENSE = 400  # dimensions of a dense Gaussian row
 QUADRATURE_DIMS = 3
+_MAX_SINGLE = 10_000  # points of a model that takes one at a time, some milliseconds each
 
 
 @dataclass(frozen=True)
@@ -192,11 +193,16 @@ class LogJointOfModel:
     """log p(x, z, c; θ) as a function of z [S, *rows, d] in the support of the sites: [S, *rows].
 
     Factors outside of the data plate depend on no row's z where rows are data: `constant_part` has them.
+
+    A model that does not take many points at once (`x @ w` reads a second axis of w as a matrix) is found at the first
+    call, by comparison with one point at a time, and then runs once a point.
     """
 
     def __init__(self, joint: Joint, data: Values, values: Values, layout: Layout) -> None:
         self.joint, self.data, self.values, self.layout = joint, data, values, layout
         self.plate = joint.structure.data_plate
+        self._singly: bool | None = False if layout.discrete or layout.summed else None
+        self._evaluated = 0
 
     def evaluation(self, z: Tensor) -> Evaluation:
         """The factors with the sites held at z."""
@@ -207,23 +213,97 @@ class LogJointOfModel:
             return torch.cat([self._summed(part) for part in pieces_of(z, self.entries)]).reshape(
                 z.shape[:-1]
             )
-        evaluation = self.evaluation(z)
+        if self._singly is None:
+            self._singly = not self._takes_many(z)
+        if self._singly:
+            return self._one_by_one(z)
+        return self._at_once(z)
+
+    def _at_once(self, z: Tensor) -> Tensor:
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
-        shape = z.shape[:-1]  # [S, *rows]
+        rows = (self.layout.plate_sizes[tail[0]],) if tail else ()
+        total = self._total(self.evaluation(z), (*lead, *tail))
+        target = (*self.layout.discrete_sizes, z.shape[0], *rows)
+        return total.expand(target).movedim(len(lead) - 1, 0).reshape(z.shape[:-1])
+
+    def _total(self, evaluation: Evaluation, dims: tuple[str, ...]) -> Tensor:
+        """Σ of the factors that depend on rows, over `dims`."""
         total: Tensor | None = None
         for factor in evaluation.factors:
             if is_constant(factor, self.joint, self.layout):
                 continue
-            part = self._table(factor, (*lead, *tail))
+            part = self._table(factor, dims)
             total = part if total is None else total + part
         assert total is not None
-        target = (
-            *self.layout.discrete_sizes,
-            z.shape[0],
-            *([self.layout.plate_sizes[tail[0]]] if tail else []),
-        )
-        return total.expand(target).movedim(len(lead) - 1, 0).reshape(shape)
+        return total
+
+    def _takes_many(self, z: Tensor) -> bool:
+        """Whether the model at several points at once is what it is at the first and at the last of them.
+
+        Raises:
+            ModelError: it runs neither way.
+        """
+        ends = z.detach()[[0, -1]]
+        with torch.no_grad():
+            try:
+                together = self._at_once(ends)
+            except ModelError as error:
+                try:
+                    self._one_by_one(ends)
+                except ModelError:
+                    raise error from None
+                return False
+            try:
+                apart = self._one_by_one(ends)
+            except (ModelError, IntractableError):
+                return True
+        tolerance = 1e-3 if z.dtype == torch.float32 else 1e-6
+        return torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+    def _one_by_one(self, z: Tensor) -> Tensor:
+        """The same, each point as the model itself would draw it."""
+        self._evaluated += len(z)
+        if self._evaluated > _MAX_SINGLE:
+            names = ", ".join(b.name for b in self.layout.blocks)
+            raise IntractableError(
+                "exact posterior",
+                f"a model that takes many values of {names} at once",
+                f"one that runs with one at a time only, and more than {_MAX_SINGLE:,} points to run it at",
+                "write products so that axes to the left are carried along: (x * w).sum(-1) for x @ w",
+            )
+        tail = (self.plate,) if self.layout.local and self.plate is not None else ()
+        parts = []
+        for point in z:
+            total = self._total(self._evaluation_at(point), tail)
+            parts.append(total.expand([self.layout.plate_sizes[p] for p in tail]))
+        return torch.stack(parts).reshape(z.shape[:-1])
+
+    def _evaluation_at(self, point: Tensor) -> Evaluation:
+        held = {b.name: self._drawn(b, point) for b in self.layout.blocks}
+        return self.joint.held(held).evaluate(self.data, self.values)
+
+    def dependent(self, z: Tensor) -> list[str]:
+        """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1."""
+        with torch.no_grad():
+            if self._singly is None:
+                self._singly = not self._takes_many(z)
+            if not self._singly:
+                return [f.site for f in self.evaluation(z).factors if POINTS in f.dims]
+            first, *others = (self._evaluation_at(point).factors for point in z)
+        return [
+            f.site
+            for i, f in enumerate(first)
+            if not all(torch.equal(f.log_prob, other[i].log_prob) for other in others)
+        ]
+
+    def _drawn(self, block: Block, point: Tensor) -> Tensor:
+        """One site's value at one point [*rows, d], with the axes that its own plates give it."""
+        placed = _placed(self.joint, self.layout, block, point.unsqueeze(0))
+        axes = self.joint.structure.plate_axes
+        own = [-axes[p] for p in self.joint.structure.sites[block.name].plates]
+        rank = max(own, default=0) + len(block.event_shape)
+        return placed.reshape(placed.shape[placed.dim() - rank :])
 
     def _summed(self, z: Tensor) -> Tensor:
         evaluation = self.evaluation(z)

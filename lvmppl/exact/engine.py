@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lvmppl.continuous_posterior_marginals import Kernel, Path
 from lvmppl.continuous_posteriors import ContinuousPosterior
-from lvmppl.density import POINTS, Evaluation, Joint, Values, unvalidated
+from lvmppl.density import Evaluation, Joint, Values, unvalidated
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import (
     MAX_DENSE,
@@ -71,9 +71,8 @@ def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
     z = torch.linspace(-1.0, 1.0, 2 * dim).reshape(2, *[1] * len(rows), dim).expand(2, *rows, dim)
     transform = log_joint.layout.transform
     sites = log_joint.joint.structure.sites
-    with torch.no_grad():
-        factors = log_joint.evaluation(z if transform is None else transform(z)).factors
-    return {f.site: sites[f.site].family for f in factors if POINTS in f.dims and f.site in sites}
+    found = log_joint.dependent(z if transform is None else transform(z))
+    return {name: sites[name].family for name in found if name in sites}
 
 
 def _not_gaussian(log_joint: LogJointOfModel) -> list[str]:

@@ -1,0 +1,86 @@
+"""Models that do not take many values of their continuous sites at once are run at one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import Tensor
+
+import lvmppl
+from lvmppl.errors import IntractableError
+
+GENERATOR = torch.Generator().manual_seed(7)
+X = torch.randn(7, 3, dtype=torch.float64, generator=GENERATOR)
+Y = torch.randn(7, dtype=torch.float64, generator=GENERATOR)
+
+
+def normal(scale: float, *shape: int) -> dist.Normal:
+    return dist.Normal(torch.zeros(shape, dtype=torch.float64), scale)
+
+
+def plate_of_weights(x: Tensor, y: Tensor) -> None:
+    with pyro.plate("features", x.shape[1]):
+        w = pyro.sample("w", normal(1.0))
+    b = pyro.sample("b", normal(2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + b, 0.5), obs=y)
+
+
+def vector_of_weights(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", normal(1.0, 3).to_event(1))
+    b = pyro.sample("b", normal(2.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + b, 0.5), obs=y)
+
+
+@pytest.mark.parametrize("model", [plate_of_weights, vector_of_weights])
+def test_evidence_of_a_matrix_product_equals_multivariate_normal(model: Callable[..., None]) -> None:
+    design = np.concatenate([X.numpy(), np.ones((7, 1))], 1)
+    covariance = design @ np.diag([1.0, 1.0, 1.0, 4.0]) @ design.T + 0.25 * np.eye(7)
+    post = lvmppl.posterior(model, {"x": X, "y": Y})
+    expected = stats.multivariate_normal(np.zeros(7), covariance).logpdf(Y.numpy())
+    assert post.log_evidence == pytest.approx(expected, abs=1e-9)
+    assert post.kind == "exact"
+
+
+def test_sum_over_all_that_is_held_equals_multivariate_normal() -> None:
+    """Such a model runs at many points at once, and wrongly: the sum would take them in."""
+
+    def model(y: Tensor) -> None:
+        w = pyro.sample("w", normal(1.0, 3).to_event(1))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(w.sum(), 0.5), obs=y)
+
+    expected = stats.multivariate_normal(np.zeros(7), 3.0 * np.ones((7, 7)) + 0.25 * np.eye(7)).logpdf(
+        Y.numpy()
+    )
+    assert lvmppl.posterior(model, {"y": Y}).log_evidence == pytest.approx(expected, abs=1e-9)
+
+
+def logistic(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", normal(1.0, x.shape[1]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
+
+def test_logistic_regression_of_a_matrix_product_equals_scipy_quadrature() -> None:
+    x, y = X[:, :1], (Y > 0).double()
+
+    def joint(w: float) -> float:
+        signs = 2.0 * y.numpy() - 1.0
+        return float(stats.norm.pdf(w) * (1.0 / (1.0 + np.exp(-signs * x.numpy()[:, 0] * w))).prod())
+
+    post = lvmppl.posterior(logistic, {"x": x, "y": y})
+    expected = np.log(integrate.quad(joint, -12.0, 12.0, epsabs=0, epsrel=1e-11)[0])
+    assert post.log_evidence == pytest.approx(expected, abs=1e-6)
+
+
+def test_too_many_single_points_are_refused() -> None:
+    with pytest.raises(IntractableError, match=r"takes many values of w at once.*\(x \* w\).sum\(-1\)"):
+        lvmppl.posterior(logistic, {"x": X, "y": (Y > 0).double()})
