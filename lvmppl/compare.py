@@ -43,7 +43,8 @@ def _kl_of_chains(variational: Posterior, exact: Posterior) -> Tensor:
     bound, evidence = elbo(own, exact.data_plate), exact.log_evidence_per_datum
     if evidence is None or bound.per_datum is None:
         return _not_negative(torch.tensor(exact.log_evidence) - bound.total)
-    return _not_negative(evidence - bound.per_datum - bound.constant)
+    # what stands outside of the data plate is part of the totals, of evidence and bound alike
+    return _not_negative(evidence - bound.per_datum)
 
 
 def _not_negative(kl: Tensor) -> Tensor:

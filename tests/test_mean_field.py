@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import lvmppl
+from lvmppl.compare import kl_per_datum
 from lvmppl.distributions import MarkovChain
 
 Y = torch.tensor([[0.3, -1.2, 2.0, 0.7], [1.5, 0.1, -0.4, 0.0]], dtype=torch.float64)
@@ -98,3 +99,36 @@ def test_elbo_of_chains_equals_brute_force(lengths: Tensor | None) -> None:
     expected = brute_force_elbo(fit.parameters["loc"].numpy(), lambda_, sizes)
     assert fit.elbo == pytest.approx(expected, rel=1e-10)
     assert fit.elbo < fit.log_evidence
+
+
+def test_divergence_of_chains_does_not_count_what_stands_outside_of_the_data() -> None:
+    """KL[q ‖ p(z | x)] per sequence against the sum over its states; the observation outside changes nothing."""
+    start, moves = torch.tensor([0.6, 0.4]).double(), torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+    q = torch.tensor([[0.2, 0.8], [0.7, 0.3], [0.4, 0.6]], dtype=torch.float64)
+    x = torch.tensor([[0.3, 1.9, 0.1], [2.2, -0.4, 1.0]], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        pyro.sample("outside", dist.Normal(0.0, 1.0), obs=torch.tensor(1.7, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(start, moves, 3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(2.0 * z, 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        table = pyro.param("table", q, constraint=constraints.simplex)
+        with pyro.plate("data", len(x)):
+            chain = MarkovChain(table[0], table[1:].unsqueeze(1).expand(2, 2, 2), 3)
+            pyro.sample("z", chain, infer={"enumerate": "parallel"})
+
+    fit = lvmppl.fit(model, {"x": x}, "svi", guide=guide, max_steps=1)
+    q = fit.guide_parameters["table"]
+    assert fit.variational is not None and fit.posterior is not None
+    for row, sequence in enumerate(x):
+        log_p, log_q = [], []
+        for z in itertools.product(range(2), repeat=3):
+            path = start[z[0]].log() + moves[z[0], z[1]].log() + moves[z[1], z[2]].log()
+            emitted = dist.Normal(2.0 * torch.tensor(z).double(), 1.0).log_prob(sequence).sum()
+            log_p.append(path + emitted)
+            log_q.append(sum(q[t, k].log() for t, k in enumerate(z)))
+        p, own = torch.stack(log_p).log_softmax(0), torch.stack(log_q)
+        found = kl_per_datum(fit.variational, fit.posterior)[row]
+        torch.testing.assert_close(found, (own.exp() * (own - p)).sum(), rtol=1e-9, atol=1e-12)
