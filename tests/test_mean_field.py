@@ -103,7 +103,7 @@ def test_elbo_of_chains_equals_brute_force(lengths: Tensor | None) -> None:
 
 def test_divergence_of_chains_does_not_count_what_stands_outside_of_the_data() -> None:
     """KL[q ‖ p(z | x)] per sequence against the sum over its states; the observation outside changes nothing."""
-    start, moves = torch.tensor([0.6, 0.4]).double(), torch.tensor([[0.8, 0.2], [0.3, 0.7]]).double()
+    start, moves = torch.tensor([0.6, 0.4], dtype=torch.float64), MOVE_A
     q = torch.tensor([[0.2, 0.8], [0.7, 0.3], [0.4, 0.6]], dtype=torch.float64)
     x = torch.tensor([[0.3, 1.9, 0.1], [2.2, -0.4, 1.0]], dtype=torch.float64)
 
