@@ -322,7 +322,7 @@ def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
 
 @pytest.mark.usefixtures("interruptible")
 def test_interrupt_keeps_the_fits_that_had_finished_and_exits_with_130(folder: Path) -> None:
-    fits = "  second: {algorithm: vem, guide: {use: 'own.py:interrupting_guide'}, max_steps: 400}\n"
+    fits = "  second: {algorithm: svi, guide: {use: 'own.py:interrupting_guide'}, max_steps: 400}\n"
     (folder / "small.yaml").write_text(EXPERIMENT + fits)
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 130, result.output
