@@ -25,7 +25,7 @@ from lvmppl.algorithms.problem import build_problem
 from lvmppl.density import isolated
 from lvmppl.options import SVIOptions
 
-STEPS, WARM = 400, 100  # steps measured, after those from which baselines learn
+STEPS, WARM = 2000, 100  # steps measured, after those from which baselines learn
 N, K = 20, 4
 PAGE = Path(__file__).parent.parent / "docs" / "estimators.md"
 

@@ -313,3 +313,26 @@ def test_gradient_ascent_and_em_agree_on_a_hidden_markov_model() -> None:
     assert gradient.status == "converged"
     assert np.diff(em.history["objective"]).min() > -1e-9 * abs(em.log_evidence)
     assert em.log_evidence == pytest.approx(gradient.log_evidence, abs=1e-4)
+
+
+def test_observation_beyond_a_length_is_refused() -> None:
+    def model(x: Tensor, lengths: Tensor, masked: bool = False) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", MarkovChain(PI[0], A[0, 0], T, lengths), infer={"enumerate": "parallel"})
+            fn = dist.Normal(1.0 * z, 1.0)
+            if masked:
+                fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, x.shape))
+                fn = fn.mask(torch.arange(T) < lengths.unsqueeze(-1))
+            pyro.sample("x", fn.to_event(1), obs=x)
+
+    data = {"x": X, "lengths": LENGTHS}
+    with pytest.raises(
+        ModelError, match=r"site 'x': expected to be masked beyond the lengths of the chain z"
+    ):
+        lvmppl.posterior(model, data)
+    lvmppl.posterior(functools.partial(model, masked=True), data)
+
+
+def test_a_single_sequence_without_its_axis_is_told_how_to_be_one() -> None:
+    with pytest.raises(ModelError, match=r"got \(9,\); one sequence is x.unsqueeze\(0\), or `data: \{time"):
+        lvmppl.posterior(functools.partial(hidden_markov, num_states=2), {"x": torch.zeros(9).long()})

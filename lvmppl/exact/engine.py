@@ -191,7 +191,8 @@ def _solve(
         select=chosen,
         dtype=dtype,
     )
-    text = f"quadrature over {names} ({layout.dim} dimensions a row){given}: {why}"
+    plural = "" if layout.dim == 1 else "s"
+    text = f"quadrature over {names} ({layout.dim} dimension{plural} a row){given}: {why}"
     return found, text, search.blind(found, layout.dim)  # type: ignore[arg-type]
 
 

@@ -190,7 +190,9 @@ def _check_constant(precision: Tensor, expected: Tensor, dead: Tensor) -> None:
     """Two measurements of the precision, at different centres and steps, must agree."""
     tolerance = torch.finfo(precision.dtype).eps ** 0.25
     ratio = (precision - expected).abs().flatten(-2).amax(-1) / tolerance
-    refuse_above_one(ratio.nan_to_num(nan=torch.inf).masked_fill(dead, 0.0), "the curvature")
+    refuse_above_one(
+        ratio.nan_to_num(nan=torch.inf).masked_fill(dead, 0.0), "its curvature changes from place to place"
+    )
 
 
 def _check_quadratic(
@@ -219,7 +221,7 @@ def _check_quadratic(
     tolerance = rtol * (found.abs() + value.abs() + 1.0) + 30.0 * noise * (1.0 + radius)
     dead = (value == -torch.inf) & (found == -torch.inf).all(0)
     ratio = ((found - expected).abs() / tolerance).nan_to_num(nan=torch.inf).amax(0)
-    refuse_above_one(ratio.masked_fill(dead, 0.0), "the value")
+    refuse_above_one(ratio.masked_fill(dead, 0.0), "it departs from its quadratic further away")
 
 
 def refuse_above_one(ratio: Tensor, what: str) -> None:
@@ -228,7 +230,7 @@ def refuse_above_one(ratio: Tensor, what: str) -> None:
     """
     if ratio.numel() and ratio.max() > 1.0:
         row = ", ".join(str(int(i)) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-        got = f"{what} deviating by {float(ratio.max()):.3g} times the tolerance at row {row}"
+        got = f"{what} (at row {row})"
         raise NotQuadratic("log joint", got, float(ratio.max()))
 
 

@@ -359,7 +359,9 @@ def _check_tridiagonal(
     tolerance = rtol * (value.abs() + quadratic.const.abs() + 1.0) + 30.0 * noise * size
     ratio = torch.maximum(ratio, (value - expected_value).abs() / tolerance).nan_to_num(nan=torch.inf).amax(0)
     dead = (quadratic.const == -torch.inf) & (value == -torch.inf).all(0)
-    refuse_above_one(ratio.masked_fill(dead, 0.0), "the block-tridiagonal form")
+    refuse_above_one(
+        ratio.masked_fill(dead, 0.0), "it is no quadratic whose steps are tied to their neighbours alone"
+    )
 
 
 def _predicted(quadratic: BlockTridiagonal, w: Tensor) -> tuple[Tensor, Tensor]:
