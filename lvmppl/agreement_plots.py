@@ -57,6 +57,12 @@ class Pair(NamedTuple):
         """Total variation ½ Σ_k |p − q| per row [R]."""
         return (self.trusted - self.variational).abs().sum(axis=1) / 2
 
+    @property
+    def is_sequence(self) -> bool:
+        """Whether all rows are positions 0, 1, … of one datum, whose order (time, say) is worth more than a sorted one."""
+        data = {datum for datum, _ in self.trusted.index}
+        return len(data) == 1 and all(str(position).isdecimal() for _, position in self.trusted.index)
+
 
 def _pair(posterior: pd.DataFrame, fit: str, site: str) -> Pair:
     rows = posterior[(posterior["fit"] == fit) & (posterior["site"] == site) & posterior["label"].notna()]
@@ -176,10 +182,14 @@ def _row_name(row: Row) -> str:
 def _heat_maps(
     picture: Picture, maps: Sequence[Axes], pair: Pair, colours: Reals, worst: Sequence[Row]
 ) -> None:
-    """Both matrices side by side, rows by trusted component, the certain ones first."""
+    """Both matrices side by side, rows by trusted component, the certain ones first; a sequence in its own order."""
     p = pair.trusted.to_numpy(dtype=float)
-    order = np.lexsort((-p.max(1), p.argmax(1)))
-    borders = np.flatnonzero(np.diff(p.argmax(1)[order])) + 0.5
+    if pair.is_sequence:
+        order = np.argsort([int(position) for _, position in pair.trusted.index], kind="stable")
+    else:
+        order = np.lexsort((-p.max(1), p.argmax(1)))
+    changes = [] if pair.is_sequence else np.flatnonzero(np.diff(p.argmax(1)[order])).tolist()
+    borders = [place + 0.5 for place in changes]
     for axes, table, name in zip(maps, pair[1:], (KIND_NAMES[pair.kind], "variational"), strict=True):
         shown = table.to_numpy(dtype=float)[order]
         image = axes.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
@@ -194,7 +204,11 @@ def _heat_maps(
         for tick, label in zip(axes.get_xticklabels(), labels, strict=True):
             tick.set(color=tuple(colours[label]), fontweight="bold")
     unit = "rows" if any(position for _, position in pair.trusted.index) else "data"
-    maps[0].set_ylabel(f"{len(p)} {unit}, by {KIND_NAMES[pair.kind]} component")
+    maps[0].set_ylabel(
+        f"{len(p)} positions, the first at the top"
+        if pair.is_sequence
+        else f"{len(p)} {unit}, by {KIND_NAMES[pair.kind]} component"
+    )
     picture.colorbar(
         image, ax=maps[-1], location="right", shrink=0.5, aspect=25, pad=0.04, label="probability"
     )
@@ -223,8 +237,13 @@ def _caption(pair: Pair, heat: bool, crowded: bool, marked: bool) -> list[str | 
         and "A ring and a number mark the data that differ most, each at the component that the guide gets "
         f"most wrong{' (7[12] is position 12 of datum 7)' if sequences else ''}.",
         heat
-        and "On the right the same probabilities as two maps, a row a datum, sorted by component and then by "
-        "certainty: where the maps look alike, the guide is right.",
+        and "On the right the same probabilities as two maps, "
+        + (
+            "a row a position, in their order from the top"
+            if pair.is_sequence
+            else "a row a datum, sorted by component and then by certainty"
+        )
+        + ": where the maps look alike, the guide is right.",
         f"The most probable component differs in {moved} of {len(distance)} rows; the total variation "
         f"distance between the two posteriors is {distance.mean():.2g} on average and "
         f"{distance.max():.2g} at most.",

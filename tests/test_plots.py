@@ -216,6 +216,22 @@ def test_many_points_become_counts_of_all() -> None:
     )  # the guide gives too much: above the diagonal
 
 
+def test_heat_maps_of_one_sequence_keep_its_order() -> None:
+    rng, steps = np.random.default_rng(4), 12
+    p, q = rng.dirichlet(np.ones(3), size=steps), rng.dirichlet(np.ones(3), size=steps)
+    order = rng.permutation(steps)  # of the rows in the table, which need not be that of the positions
+    frames = [posterior_rows("a", kind, table[order]) for kind, table in (("exact", p), ("variational", q))]
+    for frame in frames:
+        frame["position"] = [str(order[datum]) for datum in frame["datum"]]
+        frame["datum"] = 0
+    frame = tables.validate("posterior", pd.concat(frames, ignore_index=True))
+    frame["label"] = frame["state"]
+    picture = plots.responsibility_comparison(frame, tables.empty("gaps"), "a", "z")
+    images = [axes.images[0] for axes in picture.axes if any(isinstance(i, AxesImage) for i in axes.images)]
+    np.testing.assert_array_equal(np.asarray(images[0].get_array()), p)
+    np.testing.assert_array_equal(np.asarray(images[1].get_array()), q)
+
+
 def test_sequences_are_rows_of_datum_and_position() -> None:
     rng = np.random.default_rng(1)
     rows = []
