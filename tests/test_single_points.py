@@ -84,3 +84,26 @@ def test_logistic_regression_of_a_matrix_product_equals_scipy_quadrature() -> No
 def test_too_many_single_points_are_refused() -> None:
     with pytest.raises(IntractableError, match=r"takes many values of w at once.*\(x \* w\).sum\(-1\)"):
         lvmppl.posterior(logistic, {"x": X, "y": (Y > 0).double()})
+
+
+def test_how_a_model_is_run_is_found_once_for_all_rows() -> None:
+    """Rows are worked on in blocks, of which none tries again whether many points can be taken at once."""
+    single: list[int] = []
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", normal(1.0))
+            single.append(z.dim() == 1)
+            pyro.sample("x", dist.StudentT(3.0, z, 0.5), obs=x)
+
+    x = torch.linspace(-6.0, 6.0, 1500, dtype=torch.float64)
+    post = lvmppl.posterior(model, {"x": x})
+    assert (
+        sum(single) == 4
+    )  # for the structure, for the variables, and at two points beside the same two at once
+    each = [
+        integrate.quad(lambda z, v=v: stats.norm.pdf(z) * stats.t.pdf((v - z) / 0.5, 3) / 0.5, -12, 12)[0]
+        for v in (-6.0, 6.0)
+    ]
+    assert post.log_evidence_per_datum is not None
+    np.testing.assert_allclose(post.log_evidence_per_datum[[0, -1]], np.log(each), atol=1e-6)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -189,6 +189,14 @@ def _placed(joint: Joint, layout: Layout, block: Block, z: Tensor) -> Tensor:
     return part.reshape(*part.shape[:lead], *shape, *block.event_shape)
 
 
+@dataclass
+class _Manner:
+    """How a model is run at many points (None: not yet known), and the points it was run at one by one."""
+
+    singly: bool | None
+    evaluated: int = 0
+
+
 class LogJointOfModel:
     """log p(x, z, c; θ) as a function of z [S, *rows, d] in the support of the sites: [S, *rows].
 
@@ -198,11 +206,20 @@ class LogJointOfModel:
     call, by comparison with one point at a time, and then runs once a point.
     """
 
-    def __init__(self, joint: Joint, data: Values, values: Values, layout: Layout) -> None:
+    def __init__(
+        self, joint: Joint, data: Values, values: Values, layout: Layout, manner: _Manner | None = None
+    ) -> None:
         self.joint, self.data, self.values, self.layout = joint, data, values, layout
         self.plate = joint.structure.data_plate
-        self._singly: bool | None = False if layout.discrete or layout.summed else None
-        self._evaluated = 0
+        self._manner = manner or _Manner(False if layout.discrete or layout.summed else None)
+
+    def of_rows(self, index: Tensor) -> LogJointOfModel:
+        """The log joint of some data only (rows of the data plate by index), for blocks of a local layout."""
+        assert self.layout.local and self.plate is not None
+        part = {k: v[index] for k, v in self.data.items()}
+        sizes = {**self.layout.plate_sizes, self.plate: len(index)}
+        layout = replace(self.layout, plate_sizes=sizes)
+        return LogJointOfModel(self.joint, part, self.values, layout, self._manner)
 
     def evaluation(self, z: Tensor) -> Evaluation:
         """The factors with the sites held at z."""
@@ -213,11 +230,12 @@ class LogJointOfModel:
             return torch.cat([self._summed(part) for part in pieces_of(z, self.entries)]).reshape(
                 z.shape[:-1]
             )
-        if self._singly is None:
-            self._singly = not self._takes_many(z)
-        if self._singly:
-            return self._one_by_one(z)
-        return self._at_once(z)
+        return self._one_by_one(z) if self._runs_singly(z) else self._at_once(z)
+
+    def _runs_singly(self, z: Tensor) -> bool:
+        if self._manner.singly is None:
+            self._manner.singly = not self._takes_many(z)
+        return self._manner.singly
 
     def _at_once(self, z: Tensor) -> Tensor:
         lead = (*self.layout.discrete, POINTS)
@@ -263,8 +281,8 @@ class LogJointOfModel:
 
     def _one_by_one(self, z: Tensor) -> Tensor:
         """The same, each point as the model itself would draw it."""
-        self._evaluated += len(z)
-        if self._evaluated > _MAX_SINGLE:
+        self._manner.evaluated += len(z)
+        if self._manner.evaluated > _MAX_SINGLE:
             names = ", ".join(b.name for b in self.layout.blocks)
             raise IntractableError(
                 "exact posterior",
@@ -286,9 +304,7 @@ class LogJointOfModel:
     def dependent(self, z: Tensor) -> list[str]:
         """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1."""
         with torch.no_grad():
-            if self._singly is None:
-                self._singly = not self._takes_many(z)
-            if not self._singly:
+            if not self._runs_singly(z):
                 return [f.site for f in self.evaluation(z).factors if POINTS in f.dims]
             first, *others = (self._evaluation_at(point).factors for point in z)
         return [
@@ -353,16 +369,4 @@ def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tenso
     return total
 
 
-def rows_of(joint: Joint, data: Values, values: Values, layout: Layout, index: Tensor) -> LogJointOfModel:
-    """The log joint of some data only (rows of the data plate by index), for blocks of a local layout."""
-    plate = joint.structure.data_plate
-    assert layout.local and plate is not None
-    part = {k: v[index] for k, v in data.items()}
-    sizes = {**layout.plate_sizes, plate: len(index)}
-    small = Layout(
-        layout.blocks, layout.dim, layout.discrete, layout.discrete_sizes, True, sizes, layout.transform
-    )
-    return LogJointOfModel(joint, part, values, small)
-
-
-__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "constant_part", "held_at", "layout_of", "rows_of"]
+__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "constant_part", "held_at", "layout_of"]

@@ -18,7 +18,6 @@ from lvmppl.exact.continuous import (
     LogJointOfModel,
     constant_part,
     layout_of,
-    rows_of,
 )
 from lvmppl.exact.evaluation import NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
@@ -50,7 +49,7 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     rows = layout.rows(joint.structure.data_plate)
     dtype = evaluation.factors[0].log_prob.dtype
     variables = {n: evaluation.variables[n] for n in (*layout.discrete, *layout.summed)}
-    kernel, engine, doubt = _solve(log_joint, rows, layout, joint, data, values, dtype)
+    kernel, engine, doubt = _solve(log_joint, rows, layout, dtype)
     constant = float(constant_part(joint, evaluation, layout))
     if doubt:
         engine += f", an estimate: {doubt}"
@@ -124,9 +123,6 @@ def _solve(
     log_joint: LogJointOfModel,
     rows: tuple[int, ...],
     layout: Layout,
-    joint: Joint,
-    data: Values,
-    values: Values,
     dtype: torch.dtype,
 ) -> tuple[Kernel, str, str]:
     """The posterior, which engine it is of and why, and what nothing bounds the error by (else empty)."""
@@ -177,7 +173,7 @@ def _solve(
         )
 
     def select(index: Tensor) -> LogJointOfModel:
-        return _Selected(joint, data, values, layout, index)  # type: ignore[return-value]
+        return _Selected(log_joint, index)  # type: ignore[return-value]
 
     chosen = select if layout.local else None
     search = _search(log_joint, rows, dtype)
@@ -203,14 +199,13 @@ def _listed(names: list[str]) -> str:
 class _Selected:
     """The log joint of some flat rows (configuration, datum), each with its own z: [S, M, d] → [S, M]."""
 
-    def __init__(self, joint: Joint, data: Values, values: Values, layout: Layout, index: Tensor) -> None:
-        plate = joint.structure.data_plate
-        assert plate is not None
-        size = layout.plate_sizes[plate]
+    def __init__(self, whole: LogJointOfModel, index: Tensor) -> None:
+        assert whole.plate is not None
+        size = whole.layout.plate_sizes[whole.plate]
         self.datum, self.configuration = index % size, torch.div(index, size, rounding_mode="floor")
-        self.layout = layout
+        self.layout = whole.layout
         self.unique, self.position = torch.unique(self.datum, return_inverse=True)
-        self.log_joint = rows_of(joint, data, values, layout, self.unique)
+        self.log_joint = whole.of_rows(self.unique)
 
     def __call__(self, z: Tensor) -> Tensor:
         count = 1
