@@ -124,7 +124,8 @@ def _evaluations(problem: Problem, values: Values) -> Iterator[Evaluation]:
     sites = problem.model.structure.sites
     for data, rows in chunks(problem):
         with torch.no_grad():
-            if problem.trace is not None and values is problem.initial and rows.size == problem.num_rows:
+            of_all = rows.size == problem.model.structure.num_rows
+            if problem.trace is not None and values is problem.initial and of_all:
                 found = problem.model.evaluation_of(problem.trace, rows)
             else:
                 found = problem.model.evaluate(data, values, rows)
