@@ -184,12 +184,11 @@ def _heat_maps(
 ) -> None:
     """Both matrices side by side, rows by trusted component, the certain ones first; a sequence in its own order."""
     p = pair.trusted.to_numpy(dtype=float)
+    group, within = p.argmax(1), -p.max(1)
     if pair.is_sequence:
-        order = np.argsort([int(position) for _, position in pair.trusted.index], kind="stable")
-    else:
-        order = np.lexsort((-p.max(1), p.argmax(1)))
-    changes = [] if pair.is_sequence else np.flatnonzero(np.diff(p.argmax(1)[order])).tolist()
-    borders = [place + 0.5 for place in changes]
+        group, within = np.zeros_like(group), np.array([float(i) for _, i in pair.trusted.index])
+    order = np.lexsort((within, group))
+    borders = np.flatnonzero(np.diff(group[order])) + 0.5
     for axes, table, name in zip(maps, pair[1:], (KIND_NAMES[pair.kind], "variational"), strict=True):
         shown = table.to_numpy(dtype=float)[order]
         image = axes.imshow(shown, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
