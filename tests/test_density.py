@@ -152,8 +152,10 @@ def test_data_plate_is_the_only_outermost_plate_of_size_n(x: Tensor) -> None:
             pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
 
     with isolated(0, torch.float64):
-        assert discover(Program(nested, "model"), {"x": x}).data_plate == "people"
-        assert discover(Program(model, "model"), {"x": x}).data_plate is None  # there it is not the outermost
+        assert discover(Program(nested, "model"), {"x": x})[0].data_plate == "people"
+        assert (
+            discover(Program(model, "model"), {"x": x})[0].data_plate is None
+        )  # there it is not the outermost
 
 
 def test_ambiguous_data_plate_is_refused_and_can_be_named() -> None:

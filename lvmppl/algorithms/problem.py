@@ -22,7 +22,6 @@ from lvmppl.density import (
     build_guide,
     check_steps,
     discover,
-    first_pass,
     is_autoguide,
     num_rows,
 )
@@ -155,7 +154,7 @@ def build_problem(
     rebuild: dict[str, Any] | None = None
     program = Program(model, "model")
     given = start or {}
-    structure, trace = first_pass(program, data, data_plate, lift=lift, answer=_answers(given))
+    structure, trace = discover(program, data, data_plate, lift=lift, answer=_answers(given))
     _check_observed(structure)
     guided = None
     initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}
@@ -165,7 +164,7 @@ def build_problem(
         if is_autoguide(built):  # its parameters have the rows it was built on
             rebuild = {"guide": guide, "guide_takes_model": guide_takes_model, "guide_args": guide_args}
         guide_program = Program(built, "guide")
-        guide_structure = discover(guide_program, data, model=structure)
+        guide_structure, _ = discover(guide_program, data, model=structure)
         check_guide(structure, guide_structure)
         kind = RefinedJoint if getattr(built, "refine_steps", 0) else Joint
         guided = kind(program, structure, guide_program, guide_structure)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from lvmppl.density.autoguides import build_guide, is_autoguide, spans_rows
 from lvmppl.density.coordinates import Coordinates
-from lvmppl.density.discovery import describe, discover, first_pass, num_rows
+from lvmppl.density.discovery import describe, discover, num_rows
 from lvmppl.density.enumeration import MAX_TABLE
 from lvmppl.density.factors import gaussian_chain_parts, with_scales
 from lvmppl.density.handlers import CheckValues, EnumeratedChain
@@ -66,7 +66,6 @@ __all__ = [
     "derive_seed",
     "describe",
     "discover",
-    "first_pass",
     "function_name",
     "gaussian_chain_parts",
     "is_autoguide",

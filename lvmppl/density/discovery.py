@@ -51,20 +51,9 @@ def discover(
     data_plate: str | None = None,
     model: Structure | None = None,
     lift: bool | Collection[str] = False,
-) -> Structure:
-    """Run `program` once on all rows and learn its parameters, sites and plates: `first_pass` without its trace."""
-    return first_pass(program, data, data_plate, model, lift)[0]
-
-
-def first_pass(
-    program: Program,
-    data: Values,
-    data_plate: str | None = None,
-    model: Structure | None = None,
-    lift: bool | Collection[str] = False,
     answer: Answer | None = None,
 ) -> tuple[Structure, Any]:
-    """(structure, trace) of one run of `program` on all rows.
+    """Run `program` once on all rows and learn its parameters, sites and plates: (structure, trace of the run).
 
     lift: whether continuous latent sites outside of the data plate become parameters with a prior: all, or those named.
     answer: where parameters of a `pyro.param` statement stand in this run, from name, constraint and start; at their
@@ -156,7 +145,7 @@ def _median(fn: Any) -> Tensor:
 def describe(model: Callable[..., Any], data: Values) -> Structure:
     """The structure of a model for a guide that is built from it, hidden from the handlers around this call."""
     with poutine.block(), torch.no_grad():
-        return discover(Program(model, "model"), data)
+        return discover(Program(model, "model"), data)[0]
 
 
 def _parameter_spec(
