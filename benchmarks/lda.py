@@ -81,9 +81,8 @@ def _race(
     peer.fit(dense.numpy())
     budget = time.perf_counter() - begin
     documents = peer._e_step(dense.numpy(), cal_sstats=False, random_init=False)[0]
-    topics = np.random.RandomState(start).gamma(
-        100.0, 0.01, peer.components_.shape
-    )  # as scikit-learn's fit begins
+    # as scikit-learn's fit begins
+    topics = np.random.RandomState(start).gamma(100.0, 0.01, peer.components_.shape)
     begin, sweeps = time.perf_counter(), 0
     values = dict(closed.problem.initial)
     values["topics_concentration"] = torch.as_tensor(topics).reshape(values["topics_concentration"].shape)

@@ -343,3 +343,41 @@ def test_elbo_of_factors_orthogonal_only_at_the_start_equals_its_closed_form() -
     assert {s.how for s in fit.e_step} == {"closed-form"}
     assert fit.elbo == pytest.approx(float(likelihood - divergence), abs=1e-9)
     assert fit.elbo < fit.log_evidence
+
+
+@pytest.mark.parametrize("moved", ["shared", "prior"])
+def test_kept_sweep_follows_a_moved_parameter(moved: str) -> None:
+    """q(b) ∝ p(b) exp E_{q(a)}[log p(x | a, b)] at the new θ: of the model alone, or also of the guide, whose q(a) it is."""
+
+    def declared() -> tuple[Tensor, Tensor]:
+        simplex = {"constraint": constraints.simplex}
+        return pyro.param("shared", tensor(0.3, 0.7), **simplex), pyro.param(
+            "prior", tensor(0.5, 0.5), **simplex
+        )
+
+    def model(x: Tensor) -> None:
+        shared, prior = declared()
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Categorical(shared), infer=ENUMERATE)
+            b = pyro.sample("b", dist.Categorical(prior), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(2.0 * a - 1.5 * b, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        table = pyro.param(
+            "q", torch.full((len(x), 2), 0.5, dtype=F64), constraint=constraints.simplex, event_dim=1
+        )
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Categorical(declared()[0]), infer=ENUMERATE)
+            pyro.sample("b", dist.Categorical(table), infer=ENUMERATE)
+
+    x = tensor(0.3, -1.0, 2.0)
+    with isolated(0, F64):
+        closed = closed_phases(build_problem("fit", model, {"x": x}, guide=guide), VEMOptions())
+        values = dict(closed.problem.initial)
+        values.update(closed.e_phase(values))
+        values[moved] = tensor(0.9, 0.1)
+        values.update(closed.e_phase(values))
+    a, b = torch.arange(2.0, dtype=F64).reshape(2, 1), torch.arange(2.0, dtype=F64)
+    log_x = dist.Normal(2.0 * a - 1.5 * b, 1.0).log_prob(x.reshape(-1, 1, 1))  # [N, a, b]
+    expected = (values["prior"].log() + (values["shared"].unsqueeze(-1) * log_x).sum(1)).softmax(-1)
+    torch.testing.assert_close(values["q"], expected, rtol=1e-12, atol=1e-12)

@@ -85,16 +85,19 @@ class Sweep:
         self._factors: dict[str, list[Factor]] = {}  # E log p of the model's sites over the continuous sites
         self._apart: set[str] = set()  # the model's sites without a factor over enumerated ones
         self._terms: dict[str, list[Term]] = {}
-        self._probed: dict[
-            str, list[tuple[Tensor, list[Factor]]]
-        ] = {}  # points and factors of sites that meet none
+        # points, and the factors there, of sites that meet no other
+        self._probed: dict[str, list[tuple[Tensor, list[Factor]]]] = {}
         self._scales: dict[str, Factor] = {}
         self._moved: dict[str, tuple[Block, Mapping[str, Tensor]]] = {}
 
     def stands_at(self, values: Mapping[str, Tensor]) -> bool:
-        """Whether q is where it was left; if so the next run starts from these values, θ moved or not."""
-        problem = self.plan.problem
-        if any(values[n] is not self.values[n] for n in problem.lambda_):
+        """Whether q is where it was left; if so the next run starts from these values, θ moved or not.
+
+        A parameter that the guide shares with the model moves q.
+        """
+        problem, guide = self.plan.problem, self.joint.guide_structure
+        assert guide is not None
+        if any(values[n] is not self.values[n] for n in guide.parameters):
             return False
         if any(values[n] is not self.values[n] for n in problem.theta):
             for kept in (self._factors, self._terms, self._probed):
@@ -162,9 +165,8 @@ class Sweep:
                 guide_variables=self.sites,
                 plate_sizes={**self.own.plate_sizes, **found.plate_sizes},
             )
-            factors = [
-                replace(f, log_prob=f.log_prob.contiguous()) for f in found.factors
-            ]  # states outermost
+            # states outermost
+            factors = [replace(f, log_prob=f.log_prob.contiguous()) for f in found.factors]
             self._factors.update({n: [f for f in factors if _site(f) == n] for n in missing})
             plates = self._frame.plate_sizes.keys()
             self._apart |= {n for n in missing if all(plates >= set(f.dims) for f in self._factors[n])}
