@@ -347,27 +347,25 @@ def test_elbo_of_factors_orthogonal_only_at_the_start_equals_its_closed_form() -
 
 @pytest.mark.parametrize("moved", ["shared", "prior"])
 def test_kept_sweep_follows_a_moved_parameter(moved: str) -> None:
-    """q(b) ∝ p(b) exp E_{q(a)}[log p(x | a, b)] at the new θ: of the model alone, or also of the guide, whose q(a) it is."""
+    """q(b) ∝ p(b) exp E_{q(a)}[log p(x | a, b)] at the new θ, which may be the guide's q(a) too."""
 
-    def declared() -> tuple[Tensor, Tensor]:
-        simplex = {"constraint": constraints.simplex}
-        return pyro.param("shared", tensor(0.3, 0.7), **simplex), pyro.param(
-            "prior", tensor(0.5, 0.5), **simplex
-        )
+    def weights(name: str) -> Tensor:
+        return pyro.param(name, tensor(0.4, 0.6), constraint=constraints.simplex)
 
     def model(x: Tensor) -> None:
-        shared, prior = declared()
+        shared, prior = weights("shared"), weights("prior")
         with pyro.plate("data", len(x)):
             a = pyro.sample("a", dist.Categorical(shared), infer=ENUMERATE)
             b = pyro.sample("b", dist.Categorical(prior), infer=ENUMERATE)
             pyro.sample("x", dist.Normal(2.0 * a - 1.5 * b, 1.0), obs=x)
 
     def guide(x: Tensor) -> None:
+        shared = weights("shared")
         table = pyro.param(
             "q", torch.full((len(x), 2), 0.5, dtype=F64), constraint=constraints.simplex, event_dim=1
         )
         with pyro.plate("data", len(x)):
-            pyro.sample("a", dist.Categorical(declared()[0]), infer=ENUMERATE)
+            pyro.sample("a", dist.Categorical(shared), infer=ENUMERATE)
             pyro.sample("b", dist.Categorical(table), infer=ENUMERATE)
 
     x = tensor(0.3, -1.0, 2.0)
