@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.density import time_axis
+from lvmppl.exact import named as named_tensors
 from lvmppl.exact.named import Named, align, union
 from lvmppl.exponential import CATEGORY, COLUMN, ROW, Reading
 
@@ -73,14 +74,7 @@ def contract(
     q = _sum_to(q, {*t.dims, *keep})
     t = _sum_to(t, {*q.dims, *keep})
     dims = tuple(d for d in keep if d in q.dims or d in t.dims)
-    letters = {d: i for i, d in enumerate(union((q.dims, t.dims)))}
-    if not t.dims or not q.dims:
-        tensor = q.tensor * t.tensor
-        result = Named(tensor, q.dims or t.dims)
-        tensor, dims = align(result, dims), dims
-    else:
-        sub = [[letters[d] for d in n.dims] for n in (q, t)]
-        tensor = torch.einsum(q.tensor, sub[0], t.tensor, sub[1], [letters[d] for d in dims])
+    tensor = named_tensors.contract((q, t), dims)
     sizes = {d: s for p in parts for d, s in zip(p.dims, p.tensor.shape, strict=True)}
     lost = prod(sizes.get(d, 1) for d in value_dims if d not in keep and d not in summed and _is_event(d))
     return Named(tensor * lost if lost != 1 else tensor, dims)
