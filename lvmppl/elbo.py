@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lvmppl.density import PARTICLES, Evaluation, Factor, Variable, chain_axes, time_axis
 from lvmppl.errors import IntractableError
+from lvmppl.exact.chain_marginals import marginals_of_probabilities
 from lvmppl.exact.elimination import Term, eliminate
 from lvmppl.exact.named import Named, add, align, contract, union
 from lvmppl.exact.scales import UNIT, scale_of, times
@@ -177,24 +178,20 @@ def chain_marginals(initial: Factor, moves: Factor, variable: Variable) -> tuple
     )
     u = align(Named(initial.log_prob, initial.dims), (*plates, name)).exp()
     table = align(Named(moves.log_prob, moves.dims), (*plates, step, before, after)).exp()
-    table = table.expand(*table.shape[:-2], variable.size, variable.size)
-    u = u.expand(*u.shape[:-1], variable.size)
-    valid = None
     if variable.lengths is not None:
         lengths = align(Named(variable.lengths, variable.lengths_dims), plates)
-        valid = lengths.unsqueeze(-1) > torch.arange(steps, device=lengths.device)  # [*plates, T]
-    single, pairs = [u], []
-    for t in range(steps - 1):
-        pair = u.unsqueeze(-1) * table[..., 0 if table.shape[-3] == 1 else t, :, :]
-        if valid is not None:
-            pair = pair * valid[..., t + 1, None, None]
-        u = pair.sum(-2)
-        single.append(u)
-        pairs.append(pair)
-    shape = torch.broadcast_shapes(*(s.shape for s in single))
-    stacked = torch.stack([s.expand(shape) for s in single])
-    joint = torch.stack(pairs) if pairs else stacked.new_zeros(0, *shape, variable.size)
-    return Named(stacked, (time_axis(steps), *plates, name)), Named(joint, (step, *plates, before, after))
+        running = lengths.unsqueeze(-1) > torch.arange(1, steps, device=lengths.device)  # [*plates, T-1]
+        table = table * running[..., None, None]
+    shape, size = torch.broadcast_shapes(u.shape[:-1], table.shape[:-3]), variable.size
+    table = (
+        table.expand(*shape, steps - 1, size, size).movedim(-3, 0).reshape(steps - 1, prod(shape), size, size)
+    )
+    unary, pairs = marginals_of_probabilities(u.expand(*shape, size).reshape(-1, size), table)
+    time = time_axis(steps)
+    return (
+        Named(unary.reshape(steps, *shape, size), (time, *plates, name)),
+        Named(pairs.reshape(steps - 1, *shape, size, size), (step, *plates, before, after)),
+    )
 
 
 def model_terms(evaluation: Evaluation, data_plate: str | None, scaled: bool = True) -> list[Term]:
