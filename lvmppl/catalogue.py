@@ -18,8 +18,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 
-from lvmppl.errors import InputError
-from lvmppl.options import InputErrors, listed, nearest, shown, simple_expectation
+from lvmppl.errors import InputError, InputErrors
+from lvmppl.strict import simple_expectation
+from lvmppl.wording import listed, nearest, shown
 
 Kind = Literal["model", "guide"]
 

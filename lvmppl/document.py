@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from lvmppl.errors import InputError
-from lvmppl.options import InputErrors, Loc, shown
+from lvmppl.errors import InputError, InputErrors
+from lvmppl.strict import Loc
+from lvmppl.wording import shown
 
 _EXPONENT = re.compile(r"[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$|[-+]?\.[0-9_]+[eE][-+]?[0-9]+$")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class InputError(ValueError):
     """The user's input is wrong.
@@ -17,6 +20,19 @@ class InputError(ValueError):
 
     def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str, str]]:
         return type(self), (self.where, self.expected, self.got, self.fix)
+
+
+class InputErrors(InputError):
+    """Everything that is wrong with one input, a line each."""
+
+    def __init__(self, problems: Iterable[InputError]) -> None:
+        self.problems = tuple(problems)
+        first = self.problems[0]
+        super().__init__(first.where, first.expected, first.got, first.fix)
+        self.args = ("\n".join(str(problem) for problem in self.problems),)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problems,)
 
 
 class IntractableError(InputError):

@@ -6,35 +6,47 @@ is no number, a float no whole number).
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
+from pydantic import Field, ValidationError
+
+from lvmppl.errors import InputError, InputErrors
+from lvmppl.settings import (
+    Annealing,
+    EstimatorOptions,
+    Objective,
+    ObjectiveOption,
+    Schedule,
+    SiteEstimator,
+    Temperature,
+    Weight,
 )
+from lvmppl.strict import Count, Frozen, Name, Names, Positive, explain
+from lvmppl.wording import listed, nearest, shown
 
-from lvmppl.errors import InputError
+__all__ = [
+    "ALGORITHMS",
+    "Annealing",
+    "CallableSpec",
+    "EMOptions",
+    "EnumerationOptions",
+    "ExactOptions",
+    "InputErrors",
+    "IterativeOptions",
+    "MCMCOptions",
+    "Objective",
+    "Options",
+    "SVIOptions",
+    "Schedule",
+    "SiteEstimator",
+    "Temperature",
+    "VEMOptions",
+    "VariationalOptions",
+    "parse_options",
+    "unknown_algorithm",
+]
 
-Loc = tuple[str | int, ...]
-
-
-def _as_tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
-
-
-Count = Annotated[int, Field(gt=0)]
-Name = Annotated[str, Field(min_length=1)]
-Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
-Positive = Annotated[float, Field(gt=0)]
 Optimizer = Literal[
     "lbfgs",
     "adam",
@@ -49,14 +61,6 @@ Optimizer = Literal[
     "rprop",
     "asgd",
 ]
-
-
-class Frozen(BaseModel):
-    """A frozen object that refuses unknown fields and converts nothing."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True
-    )
 
 
 class CallableSpec(Frozen):
@@ -77,6 +81,18 @@ class Options(Frozen):
 
     algorithm: str
     compile: Literal["auto", "always", "never"] = "auto"
+
+    @classmethod
+    def known(cls) -> list[str]:
+        """The algorithm's own options first, what every algorithm takes last; `algorithm` itself goes without saying."""
+        fields = (field for field in cls.model_fields if field != "algorithm")
+        return sorted(fields, key=lambda field: field in Options.model_fields)
+
+    @classmethod
+    def remedy(cls, wrong: str) -> str:
+        """The algorithms that have such an option, else the nearest one of this algorithm."""
+        owners = [name for name, options in ALGORITHMS.items() if wrong in options.model_fields]
+        return f"{wrong} is an option of {listed(owners)} only" if owners else super().remedy(wrong)
 
 
 class IterativeOptions(Options):
@@ -104,110 +120,6 @@ class IterativeOptions(Options):
         if self.learning_rate is not None:
             return self.learning_rate
         return 1.0 if self.optimizer == "lbfgs" else 0.01
-
-
-class Schedule(Frozen):
-    """A number that moves from `start` to `end` over the first `steps` steps of a fit (None: all of them), then stays."""
-
-    start: Annotated[float, Field(ge=0)]
-    end: Annotated[float, Field(ge=0)]
-    steps: Count | None = None
-
-    def progress(self, step: int, max_steps: int) -> float:
-        """The share of the way that is done at a step, 0 … 1."""
-        return min(1.0, step / (self.steps or max_steps))
-
-
-class Temperature(Schedule):
-    """A temperature that falls geometrically: start^(1 − t) · end^t at the share t of its steps."""
-
-    start: Positive = 1.0
-    end: Positive = 0.1
-
-    def at(self, step: int, max_steps: int) -> float:
-        share = self.progress(step, max_steps)
-        return float(self.start ** (1 - share) * self.end**share)
-
-
-class Annealing(Schedule):
-    """The weight β of the KL terms, linear from start to end."""
-
-    start: Annotated[float, Field(ge=0)] = 0.0
-    end: Annotated[float, Field(ge=0)] = 1.0
-
-    def at(self, step: int, max_steps: int) -> float:
-        return self.start + (self.end - self.start) * self.progress(step, max_steps)
-
-
-EstimatorName = Literal[
-    "auto", "enumeration", "pathwise", "score_function", "gumbel_softmax", "straight_through"
-]
-
-
-class SiteEstimator(Frozen):
-    """How the gradient of a site's λ is estimated.
-
-    baseline: of `score_function`, what is taken off the learning signal: the `leave_one_out` mean of the other particles,
-    the `running_mean` of earlier steps, `learned` from the datum by a small network, or `none`; `auto` is leave_one_out
-    with several particles, else running_mean. temperature: of `gumbel_softmax` and `straight_through`.
-    """
-
-    use: EstimatorName = "auto"
-    baseline: Literal["auto", "none", "running_mean", "leave_one_out", "learned"] = "auto"
-    temperature: Temperature = Temperature()
-
-    @model_validator(mode="after")
-    def _settings_belong(self) -> SiteEstimator:
-        if self.baseline != "auto" and self.use != "score_function":
-            raise ValueError(f"a baseline only with score_function, not with {self.use}")
-        relaxed = self.use in ("gumbel_softmax", "straight_through")
-        if self.temperature != Temperature() and not relaxed:
-            raise ValueError(
-                f"a temperature only with gumbel_softmax or straight_through, not with {self.use}"
-            )
-        return self
-
-
-class Objective(Frozen):
-    """What a fit climbs: the ELBO, or the importance-weighted bound of K draws (Burda et al. 2016).
-
-    num_samples: K, 5 when None.
-    """
-
-    use: Literal["elbo", "importance_weighted"]
-    num_samples: Count | None = None
-
-    @model_validator(mode="after")
-    def _settings_belong(self) -> Objective:
-        if self.num_samples is not None and self.use == "elbo":
-            raise ValueError("num_samples only with importance_weighted (num_particles are the ELBO's draws)")
-        return self
-
-
-def _spelling(value: object) -> str:
-    """Which spelling of an option a value is: a name, one thing with settings, or by site."""
-    if not isinstance(value, dict):
-        return "(name)" if not isinstance(value, BaseModel) else "(one)"
-    return "(one)" if "use" in value else "(sites)"
-
-
-EstimatorOption = Annotated[
-    Annotated[EstimatorName, Tag("(name)")] | Annotated[SiteEstimator, Tag("(one)")], Discriminator(_spelling)
-]
-EstimatorOptions = Annotated[
-    Annotated[EstimatorName, Tag("(name)")]
-    | Annotated[SiteEstimator, Tag("(one)")]
-    | Annotated[dict[Name, EstimatorOption], Tag("(sites)")],
-    Discriminator(_spelling),
-]
-ObjectiveOption = Annotated[
-    Annotated[Literal["elbo", "importance_weighted"], Tag("(name)")] | Annotated[Objective, Tag("(one)")],
-    Discriminator(lambda value: "(one)" if isinstance(value, dict | BaseModel) else "(name)"),
-]
-Weight = Annotated[
-    Annotated[float, Field(ge=0), Tag("(name)")] | Annotated[Annealing, Tag("(one)")],
-    Discriminator(lambda value: "(one)" if isinstance(value, dict | BaseModel) else "(name)"),
-]
 
 
 class VariationalOptions(IterativeOptions):
@@ -324,19 +236,6 @@ ALGORITHMS: dict[str, type[Options]] = {
 }
 
 
-class InputErrors(InputError):
-    """Everything that is wrong with one input, a line each."""
-
-    def __init__(self, problems: Iterable[InputError]) -> None:
-        self.problems = tuple(problems)
-        first = self.problems[0]
-        super().__init__(first.where, first.expected, first.got, first.fix)
-        self.args = ("\n".join(str(problem) for problem in self.problems),)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.problems,)
-
-
 def parse_options(algorithm: str, options: Mapping[str, Any], where: str) -> Options:
     """The options of one fit, checked.
 
@@ -358,156 +257,3 @@ def unknown_algorithm(algorithm: object, where: str) -> InputError:
     return InputError(
         where, f"an algorithm of {listed(ALGORITHMS)}", shown(algorithm), nearest(algorithm, ALGORITHMS)
     )
-
-
-def explain(error: ValidationError, kind: type[BaseModel], where: Callable[[Loc], str]) -> list[InputError]:
-    """Each problem pydantic found, in the words of the contract. where: from a field's path to its place."""
-    problems, seen = [], set()
-    for detail in error.errors(include_url=False):
-        loc = _field_path(detail["loc"])
-        if loc not in seen:  # the branches of a union report one wrong value several times
-            seen.add(loc)
-            expected, fix = _expectation(detail, kind, loc)
-            got = "nothing" if detail["type"] == "missing" else _got(detail, loc)
-            problems.append(InputError(where(loc), expected, got, fix))
-    return problems
-
-
-def _got(detail: Any, loc: Loc) -> str:
-    return shown(str(loc[-1])) if detail["type"] == "extra_forbidden" else shown(detail["input"])
-
-
-def _field_path(loc: Loc) -> Loc:
-    """A path without the branch names pydantic adds for unions and validated wrappers."""
-    return tuple(p for p in loc if isinstance(p, int) or not any(mark in p for mark in "[]()"))
-
-
-_SIMPLE = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-    "bool_type": "true or false",
-    "tuple_type": "a list",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "missing": "a value",
-    "invalid_key": "text as key",
-}
-_LIMITS = {
-    "greater_than": ("gt", "above"),
-    "greater_than_equal": ("ge", "of at least"),
-    "less_than": ("lt", "below"),
-}
-
-
-def _expectation(detail: Any, kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
-    """What was expected, and what to do."""
-    problem, context = detail["type"], detail.get("ctx", {})
-    if problem == "extra_forbidden":
-        return _known_fields(kind, loc)
-    if problem == "literal_error":
-        choices = [part.strip("'") for part in context["expected"].replace(" or ", ", ").split(", ")]
-        return listed(choices, "or"), nearest(detail["input"], choices)
-    if problem in _LIMITS:
-        key, words = _LIMITS[problem]
-        return f"a number {words} {context[key]:g}", ""
-    if problem == "value_error":
-        return str(context["error"]), ""
-    return _SIMPLE.get(problem, detail["msg"]), _remedy(problem, detail["input"], kind, loc)
-
-
-def simple_expectation(error: ValidationError) -> tuple[str, str, bool]:
-    """What a value checked against one plain type should have been, what to do, and whether that is certain.
-
-    It is not certain where a branch of the type is beyond a YAML: a tensor, a path, a function.
-    """
-    expected, fixes, plain = [], [], True
-    for detail in error.errors(include_url=False):
-        is_list = detail["type"] == "is_instance_of" and detail["ctx"]["class"] == "Sequence"
-        known = is_list or detail["type"] in _SIMPLE or detail["type"] == "literal_error"
-        plain = plain and known and detail["type"] != "tuple_type"  # a YAML's list stands for a tuple too
-        text, fix = ("a list", "") if is_list else _expectation(detail, Options, ())
-        fixes.append(fix)
-        expected.append(f"{text} in it" if any(isinstance(part, int) for part in detail["loc"]) else text)
-    return listed(dict.fromkeys(expected), "or"), next(filter(None, fixes), ""), plain
-
-
-def _remedy(problem: str, value: object, kind: type[BaseModel], loc: Loc) -> str:
-    """What to write instead of a value of a wrong type, where that is plain."""
-    if problem == "model_type" and isinstance(value, str):
-        return f"write {{{next(iter(_model_at(kind, loc).model_fields))}: {value}}}"
-    if problem == "tuple_type" and isinstance(value, str):
-        return f"write [{value}]"
-    if problem == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"write {int(value)}"
-    if problem in ("string_type", "invalid_key") and isinstance(value, bool | int | float):
-        return "put it in quotes"
-    return ""
-
-
-def _known_fields(kind: type[BaseModel], loc: Loc) -> tuple[str, str]:
-    """The fields known where an unknown one stood; the nearest, or the algorithms whose option it is."""
-    owner = _model_at(kind, loc[:-1])
-    known = sorted(
-        (f for f in owner.model_fields if f != "algorithm"), key=lambda f: f in Options.model_fields
-    )
-    wrong = str(loc[-1])
-    owners = [name for name, options in ALGORITHMS.items() if wrong in options.model_fields]
-    if issubclass(owner, Options) and owners:
-        return f"one of {listed(known)}", f"{wrong} is an option of {listed(owners)} only"
-    return f"one of {listed(known)}", nearest(wrong, known)
-
-
-def _model_at(kind: type[BaseModel], loc: Loc) -> type[BaseModel]:
-    """The model that stands at a path inside another one."""
-    node: Any = kind
-    for part in loc:
-        node = next((n for b in _branches(node) for n in _inside(b, part)), node)
-        kind = next((b for b in _branches(node) if isinstance(b, type) and issubclass(b, BaseModel)), kind)
-    return kind
-
-
-def _branches(annotation: Any) -> list[Any]:
-    """What a type may be: the members of a union, without the notes of Annotated."""
-    if get_origin(annotation) is Annotated:
-        return _branches(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return [b for part in get_args(annotation) for b in _branches(part)]
-    return [annotation]
-
-
-def _inside(branch: Any, part: object) -> list[Any]:
-    """The type of one entry of a model or mapping."""
-    if get_origin(branch) is dict:
-        return [get_args(branch)[1]]
-    fields = branch.model_fields if isinstance(branch, type) and issubclass(branch, BaseModel) else {}
-    return [fields[str(part)].annotation] if str(part) in fields else []
-
-
-def nearest(name: object, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """`did you mean '…'?` for the known name that is most alike, or nothing."""
-    alike = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=cutoff)
-    return f"did you mean '{alike[0]}'?" if alike else ""
-
-
-def listed(names: Iterable[str], last: str = "") -> str:
-    """Names in a row; `last` stands before the last one."""
-    words = list(names)
-    if last and len(words) > 1:
-        return f"{', '.join(words[:-1])} {last} {words[-1]}"
-    return ", ".join(words)
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: with its type where that tells more, and not longer than a line."""
-    text = repr(value)
-    text = text if len(text) <= 60 else f"{text[:57]}…"
-    if isinstance(value, dict):
-        return f"the mapping {text}"
-    if isinstance(value, list | tuple):
-        return f"the list {text}"
-    return {bool: str(value).lower(), type(None): "nothing"}.get(type(value), text)

@@ -9,7 +9,7 @@ from string import Template
 from typing import Literal
 
 from lvmppl.errors import InputError
-from lvmppl.options import shown
+from lvmppl.wording import shown
 
 Kind = Literal["model", "guide", "experiment"]
 

@@ -16,23 +16,17 @@ import yaml
 from pydantic import AfterValidator, Field, PlainValidator, SerializeAsAny, ValidationError
 
 from lvmppl.document import Document, Dumper, read_document
-from lvmppl.errors import InputError
+from lvmppl.errors import InputError, InputErrors
 from lvmppl.options import (
     ALGORITHMS,
     CallableSpec,
-    Frozen,
-    InputErrors,
-    Loc,
     MCMCOptions,
-    Name,
     Options,
     VariationalOptions,
-    explain,
-    listed,
-    nearest,
-    shown,
     unknown_algorithm,
 )
+from lvmppl.strict import Frozen, Loc, Name, explain
+from lvmppl.wording import listed, nearest, shown
 
 
 def _file_name(name: str) -> str:

@@ -66,7 +66,11 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "errors estimators density distributions families variational",
         "yaml pandas",
     ),
-    "options": ("lvmppl.options", "errors", HEAVY + " yaml"),
+    "options": (
+        "lvmppl.options lvmppl.settings lvmppl.strict lvmppl.wording",
+        "errors options",
+        HEAVY + " yaml",
+    ),
     "estimators": ("lvmppl.estimators", "errors", HEAVY + " yaml pydantic"),
     "errors": ("lvmppl.errors", "", HEAVY + " yaml pydantic"),
     "models": ("lvmppl.models", "", HEAVY),

@@ -10,7 +10,8 @@ from lvmppl.algorithms.problem import Problem
 from lvmppl.density import SiteInfo
 from lvmppl.errors import InputError
 from lvmppl.estimators import ESTIMATORS, KINDS, check_estimator, default_estimator
-from lvmppl.options import Annealing, SiteEstimator, Temperature, VariationalOptions
+from lvmppl.options import VariationalOptions
+from lvmppl.settings import Annealing, SiteEstimator, Temperature
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from lvmppl.algorithms.reach import all_terms_outside, terms_reached, ties_rows
 from lvmppl.algorithms.surrogate import Draws, Estimate, at_draws, elbo_estimate, importance_estimate, stacked
 from lvmppl.density import PARTICLES, Drawing, Evaluation, Rows, Values, with_scales
 from lvmppl.errors import InputError, ModelError
-from lvmppl.options import Annealing, VariationalOptions
+from lvmppl.options import VariationalOptions
+from lvmppl.settings import Annealing
 
 
 class Objective:

@@ -26,7 +26,7 @@ from lvmppl.density import (
     num_rows,
 )
 from lvmppl.errors import InputError, ModelError
-from lvmppl.options import nearest, shown
+from lvmppl.wording import nearest, shown
 
 
 class Progress(Protocol):

@@ -22,7 +22,7 @@ from lvmppl.data.shipped import READERS as SHIPPED_READERS
 from lvmppl.data.shipped import read_shipped, refuse_arguments
 from lvmppl.data.table import Table
 from lvmppl.errors import InputError
-from lvmppl.options import nearest
+from lvmppl.wording import nearest
 
 __all__ = ["SOURCES", "DataSpec", "Dataset", "load"]
 

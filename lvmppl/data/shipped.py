@@ -18,7 +18,7 @@ import numpy as np
 
 from lvmppl.data.table import Block, Column, Table
 from lvmppl.errors import InputError
-from lvmppl.options import nearest, shown
+from lvmppl.wording import nearest, shown
 
 
 def read_shipped(name: str, args: Mapping[str, Any]) -> Table:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lvmppl.errors import InputError
-from lvmppl.options import nearest
+from lvmppl.wording import nearest
 
 if TYPE_CHECKING:
     import pandas as pd
