@@ -20,8 +20,7 @@ in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,140 +28,13 @@ from torch.distributions import Transform
 
 from lvmppl.errors import InputError
 from lvmppl.exact.charts import Density, charts_of, partition_of
-from lvmppl.exact.evaluation import CHUNK, LogJoint, Rows, evaluate, row_shape, with_gradient
-from lvmppl.exact.modes import Restrict, ascend, find_modes
+from lvmppl.exact.evaluation import CHUNK, LogJoint, Rows, row_shape, with_gradient
+from lvmppl.exact.modes import Restrict, find_modes
+from lvmppl.exact.quadrature_posterior import QuadraturePosterior, unconstrained
 from lvmppl.exact.refinement import MAX_NODES, Cells, joined_cells, kept_cells, refined
 
 # Rows a block, such that usual lattices fit.
 BLOCK = {1: 1 << 15, 2: 1 << 11, 3: 1 << 7}
-METROPOLIS_STEPS = 12
-
-
-@dataclass(frozen=True)
-class QuadraturePosterior:
-    """p(z | x) of every row as weighted nodes, and the log evidence with its error.
-
-    ``log_evidence [*rows]`` is differentiable in whatever the log joint closes over, its gradient being that
-    of log Σ_s w_s p(x, z_s; θ) with nodes and weights fixed. ``log_evidence_error [*rows]`` bounds its
-    absolute error; ∞ if nothing can be said. ``points [Q, *rows, d]`` (in the support, after the transform)
-    and ``log_weights [Q, *rows]`` (normalised, −∞ for padding) are the nodes. Where the density is 0 at every
-    start, log evidence is −∞ with error 0. ``concave [*rows]``: whether the log density (unconstrained) was found concave,
-    so that there is one mode and none to be missed.
-    """
-
-    log_evidence: Tensor
-    log_evidence_error: Tensor
-    points: Tensor
-    log_weights: Tensor
-    concave: Tensor
-    cells: Cells = field(repr=False)
-    _log_joint: LogJoint = field(repr=False)
-    _transform: Transform | None = field(repr=False)
-    _chunk: int = field(repr=False, default=CHUNK)
-
-    def expectation(self, function: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """E_post[function(z)] and an estimate of its error, for ``function(z [S, *rows, d]) -> [S, *rows,
-        ...]``.
-
-        The error is the largest deviation among the 3ᵈ lattices of three times the spacing. Both are
-        ``[*rows, ...]``.
-        """
-        values = torch.cat([function(part) for part in torch.split(self.points, self._piece())])
-        rows = self.log_weights.shape[1:]
-        shape = (*self.log_weights.shape, *[1] * (values.dim() - self.log_weights.dim()))
-        weights = self.log_weights.exp().view(shape)
-        values = torch.where(weights > 0, values, torch.zeros_like(values))
-        mean = (weights * values).sum(0)
-        error = torch.zeros_like(mean)
-        for residue in range(3 ** self.points.shape[-1]):
-            part = weights * (self.cells.residue.view(-1, *rows).view(shape) == residue)
-            coarse = (part * values).sum(0) / part.sum(0)
-            error = torch.maximum(error, 0.5 * (coarse - mean).abs().nan_to_num(nan=0.0))
-        return mean, error
-
-    def nodes(self) -> tuple[Tensor, Tensor]:
-        """The nodes ``[Q, *rows, d]`` and their weights ``[Q, *rows]``: E_post[f] ≈ Σ_s w_s f(z_s)."""
-        return self.points, self.log_weights.exp()
-
-    @property
-    def mean(self) -> Tensor:
-        """E[z | x]: ``[*rows, d]``."""
-        return (self.log_weights.exp().unsqueeze(-1) * self.points).sum(0)
-
-    @property
-    def covariance(self) -> Tensor:
-        """Cov[z | x]: ``[*rows, d, d]``."""
-        centred = (0.5 * self.log_weights).exp().unsqueeze(-1) * (self.points - self.mean)
-        centred = centred.movedim(0, -1)
-        return centred @ centred.mT
-
-    @property
-    def sd(self) -> Tensor:
-        """Posterior standard deviations: ``[*rows, d]``."""
-        return self.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
-
-    @property
-    def entropy(self) -> Tensor:
-        """log Z − E_post[log p(x, z)], of the density over the support: ``[*rows]``."""
-        mean, _ = self.expectation(lambda z: evaluate(self._log_joint, z, self._chunk))
-        return self.log_evidence.detach() - mean
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z | x) for ``z [S, *rows, d]`` in the support: ``[S, *rows]``."""
-        return self._log_joint(z) - self.log_evidence
-
-    def mode(self) -> tuple[Tensor, Tensor]:
-        """The highest point of p(z | x) in the support, and log p(x, z) there: ``[*rows, d]`` and
-        ``[*rows]``.
-        """
-        values = evaluate(self._log_joint, self.points, self._chunk).masked_fill(
-            self.log_weights.isinf(), -torch.inf
-        )
-        index = values.argmax(0, keepdim=True).unsqueeze(-1).expand(1, *self.points.shape[1:])
-        point, value = ascend(self._log_joint, torch.gather(self.points, 0, index), self._chunk)
-        return point[0], value[0]
-
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """``n`` draws a row: ``[n, *rows, d]``.
-
-        A node is drawn by weight and a point uniformly in its cell; 12 independence Metropolis steps with
-        this proposal correct the density within the cells. What is left is a bias of (1 − 1/c)¹² in total
-        variation, c the largest ratio of the density in a cell to that at its node: below 1e-6 for a smooth
-        density, whose cells are half a standard deviation.
-        """
-        cells, rows = self.cells, self.log_weights.shape[1:]
-        cumulative = cells.log_weight.exp().cumsum(0).T.contiguous()  # [N, Q]
-        state, ratio = self._draw(n, cumulative, generator)
-        for _ in range(METROPOLIS_STEPS):
-            proposal, other = self._draw(n, cumulative, generator)
-            uniform = torch.rand(ratio.shape, generator=generator, dtype=ratio.dtype, device=ratio.device)
-            accept = uniform.log() < other - ratio
-            state = torch.where(accept.unsqueeze(-1), proposal, state)
-            ratio = torch.where(accept, other, ratio)
-        z = state.reshape(n, *rows, -1)
-        return z if self._transform is None else self._transform(z)
-
-    def _draw(self, n: int, cumulative: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """Unconstrained proposals ``[n, N, d]`` and their log importance ratios ``[n, N]``."""
-        cells = self.cells
-        uniform = torch.rand(
-            (len(cumulative), n), generator=generator, dtype=cumulative.dtype, device=cumulative.device
-        )
-        node = (
-            torch.searchsorted(cumulative, uniform * cumulative[:, -1:]).clamp(max=cumulative.shape[1] - 1).T
-        )
-        chart = torch.gather(cells.chart, 0, node)
-        t = torch.gather(cells.t, 0, node.unsqueeze(-1).expand(-1, -1, cells.t.shape[-1]))
-        jitter = torch.rand(t.shape, generator=generator, dtype=t.dtype, device=t.device) - 0.5
-        t = t + jitter * cells.spacing[chart, torch.arange(chart.shape[1], device=chart.device)]
-        z, log_measure = cells.place(t, chart, True)
-        shaped = z.reshape(n, *self.log_weights.shape[1:], -1)
-        value = evaluate(unconstrained(self._log_joint, self._transform), shaped, self._chunk).reshape(n, -1)
-        return z, value + log_measure - torch.gather(cells.log_weight, 0, node)
-
-    def _piece(self) -> int:
-        """Nodes over all rows at once such that ``chunk`` points are not exceeded."""
-        return max(1, self._chunk // max(1, self.log_weights[0].numel()))
 
 
 def quadrature(
@@ -227,19 +99,6 @@ def quadrature(
         transform,
         chunk,
     )
-
-
-def unconstrained(log_joint: LogJoint, transform: Transform | None) -> LogJoint:
-    """The log joint as a density over ℝᵈ: log p(x, T(z)) + log |∂T/∂z|."""
-    if transform is None:
-        return log_joint
-
-    def density(z: Tensor) -> Tensor:
-        support = transform(z)
-        log_det: Tensor = transform.log_abs_det_jacobian(z, support)
-        return log_joint(support) + (log_det.sum(-1) if log_det.dim() == z.dim() else log_det)
-
-    return density
 
 
 def _restriction(
@@ -335,3 +194,6 @@ def _saturated(transform: Transform, z: Tensor, points: Tensor, log_weight: Tens
         )
         error = error + 2.0 * beyond.sum(-1)
     return error
+
+
+__all__ = ["QuadraturePosterior", "quadrature", "unconstrained"]
