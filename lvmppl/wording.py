@@ -29,3 +29,8 @@ def shown(value: object) -> str:
     if isinstance(value, list | tuple):
         return f"the list {text}"
     return {bool: str(value).lower(), type(None): "nothing"}.get(type(value), text)
+
+
+def one_line(error: Exception) -> str:
+    """Its type and message, not longer than a few lines."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -347,13 +347,13 @@ def test_interrupt_while_tables_are_written_waits_for_them(
 ) -> None:
     from lvmppl import runner
 
-    collect = runner._collect
+    collect = runner.collect
 
     def interrupted(*args: Any) -> runner.Run:
         os.kill(os.getpid(), signal.SIGINT)
         return collect(*args)
 
-    monkeypatch.setattr(runner, "_collect", interrupted)
+    monkeypatch.setattr(runner, "collect", interrupted)
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 130, result.output
     assert result.stderr == (
@@ -373,7 +373,7 @@ def test_second_interrupt_while_tables_are_written_ends_the_run_and_says_that_no
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("lvmppl.runner._collect", interrupted)
+    monkeypatch.setattr("lvmppl.runner.collect", interrupted)
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 130, result.output
     assert result.stderr == "interrupted before the tables were written: nothing is kept\n"
@@ -781,7 +781,7 @@ def test_folder_that_cannot_be_written_is_refused_before_any_fit_whoever_runs_it
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(at, forbidden if at.startswith("tempfile") else lambda path, mode: False)
-    monkeypatch.setattr("lvmppl.runner._run_fits", lambda *args: pytest.fail("a fit has begun"))
+    monkeypatch.setattr("lvmppl.runner.run_fits", lambda *args: pytest.fail("a fit has begun"))
     before = sorted(folder.rglob("*"))
     result = lvmppl("run", "small.yaml")
     assert result.exit_code == 2

@@ -1,1 +1,1 @@
-"""What the runner does with the outside world: the folder of a run and what is written into it."""
+"""The parts of a run: prepared, checked, fitted, gathered into tables, written into its folder."""
