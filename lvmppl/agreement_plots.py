@@ -64,7 +64,8 @@ class Pair(NamedTuple):
         return len(data) == 1 and all(str(position).isdecimal() for _, position in self.trusted.index)
 
 
-def _pair(posterior: pd.DataFrame, fit: str, site: str) -> Pair:
+def pair_of(posterior: pd.DataFrame, fit: str, site: str) -> Pair:
+    """A fit's variational responsibilities of a site beside the trusted ones: the rows that both know."""
     rows = posterior[(posterior["fit"] == fit) & (posterior["site"] == site) & posterior["label"].notna()]
     kind = trusted_kind(posterior, fit, site)
     tables = [responsibilities(rows[rows["kind"] == k], "label") for k in (kind, "variational")]
@@ -85,7 +86,7 @@ def responsibility_comparison(
     Points become a two-dimensional histogram where they would hide one another; heat maps are drawn up to 400
     rows. The data of the largest total variation carry their numbers.
     """
-    pair = _pair(posterior, fit, site)
+    pair = pair_of(posterior, fit, site)
     labels = posterior.loc[posterior["site"] == site, "label"].dropna()
     colours = component_colours(int(labels.max()) + 1 if len(labels) else 0)
     worst = _worst_rows(pair)

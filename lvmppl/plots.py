@@ -15,21 +15,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lvmppl.agreement_plots import continuous_comparison, responsibility_comparison
+from lvmppl.agreement_plots import continuous_comparison, pair_of, responsibility_comparison
 from lvmppl.align import aligned_posterior
 from lvmppl.canvas import PANELS, Picture
 from lvmppl.component_plots import component_scatter
 from lvmppl.gap_plots import gap_curves
 from lvmppl.objective_plots import objective_curves
+from lvmppl.single_datum_plots import gap_bars, sequence_distances
 
 __all__ = [
     "Picture",
     "component_scatter",
     "continuous_comparison",
     "draw_all",
+    "gap_bars",
     "gap_curves",
     "objective_curves",
     "responsibility_comparison",
+    "sequence_distances",
 ]
 
 
@@ -88,8 +91,12 @@ def _pictures(
                 f"moments_{name}",
                 partial(continuous_comparison, posterior, tables["gaps"], fit, site, note),
             )
-    if tables["gaps"]["gap"].notna().any():
-        yield "gaps", partial(gap_curves, tables["gaps"])
+    along = [p for p in pairs if p[1] in set(discrete["site"]) and pair_of(discrete, *p).is_sequence]
+    if along:
+        yield "distances", partial(sequence_distances, discrete, along)
+    gaps = tables["gaps"]
+    if gaps["gap"].notna().any():
+        yield "gaps", partial(gap_bars if gaps["datum"].nunique() == 1 else gap_curves, gaps)
 
 
 def _compared(posterior: pd.DataFrame) -> list[tuple[str, str]]:

@@ -369,6 +369,49 @@ def test_degenerate_gaps_are_drawn(gap: list[float], tmp_path: Path) -> None:
     picture.save(tmp_path / "gaps.png")
 
 
+@pytest.mark.parametrize("parts", [{}, {"approximation": [0.5, 2.0], "amortization": [0.0, 1.5]}])
+def test_bars_of_a_single_datum_span_its_elbo_and_log_evidence(parts: dict[str, list[float]]) -> None:
+    columns = {"log_evidence": [-7.5, -6.5], "elbo": [-8.0, -10.0], "gap": [0.5, 3.5], **parts}
+    frame = pd.DataFrame({"fit": ["a", "b"], "datum": 0, **columns, "gap_error": 0.1})
+    picture = plots.gap_bars(tables.validate("gaps", frame))
+    bars = [(b.get_y() + b.get_height() / 2, b.get_x(), b.get_width()) for b in picture.axes[0].patches]
+    if parts:
+        expected = [(0, -8.0, 0.5), (0, -7.5, 0.0), (1, -10.0, 2.0), (1, -8.0, 1.5)]
+    else:
+        expected = [(0, -8.0, 0.5), (1, -10.0, 3.5)]
+    np.testing.assert_allclose(bars, expected, rtol=1e-12, atol=1e-12)
+    said = " ".join(text.get_text() for text in picture.axes[0].texts)
+    assert "gap 3.5000" in said and "ELBO\n−8.0000" in said and ("amortization 1.5000" in said) == bool(parts)
+    assert ("divided into approximation and amortization" in picture.caption) == bool(parts)
+
+
+@pytest.mark.parametrize("gap", [[0.0], [-0.3, 1e-14], [np.inf]])
+def test_degenerate_gaps_of_a_single_datum_are_drawn(gap: list[float], tmp_path: Path) -> None:
+    fits = [f"fit {i}" for i in range(len(gap))]
+    frame = pd.DataFrame({"fit": fits, "datum": 0, "log_evidence": -1.0, "elbo": -1.0 - np.array(gap)})
+    picture = plots.gap_bars(tables.validate("gaps", frame.assign(gap=gap)))
+    assert ("sampled ELBO" in picture.caption) == (min(gap) < 0)
+    picture.save(tmp_path / "gaps.png")
+
+
+def test_distances_along_a_sequence_equal_total_variation() -> None:
+    rng, steps = np.random.default_rng(0), 12
+    rows, expected = [], {}
+    for fit in ("a", "b"):
+        probs = rng.dirichlet(np.ones(5), size=(2, steps))
+        expected[fit] = 0.5 * np.abs(probs[0] - probs[1]).sum(-1)
+        for kind, table in zip(("exact", "variational"), probs, strict=True):
+            frame = posterior_rows(fit, kind, table)
+            rows.append(frame.assign(datum=0, position=frame["datum"].astype(str)))
+    frame = tables.validate("posterior", pd.concat(rows, ignore_index=True).sample(frac=1.0, random_state=1))
+    frame = frame.assign(label=frame["state"])
+    lines = plots.sequence_distances(frame, [("a", "z"), ("b", "z")]).axes[0].lines
+    for line, fit in zip(lines, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(line.get_xdata()), np.arange(steps))
+        np.testing.assert_allclose(np.asarray(line.get_ydata()), expected[fit], rtol=1e-12)
+        assert str(line.get_label()).startswith(f"{fit}: mean {expected[fit].mean():.3f}")
+
+
 def moments(num_data: int) -> pd.DataFrame:
     rng = np.random.default_rng(4)
     rows = [
