@@ -27,6 +27,12 @@ def categorical(model: Model) -> Variational:
     return Variational(model, "categorical", only=_finite)
 
 
-def categorical_encoder(model: Model, hidden: Sequence[int] = (32,)) -> Variational:
-    """An amortized table: λ⁽ⁿ⁾ = MLP(x⁽ⁿ⁾), tanh layers of widths `hidden` over all floating data tensors."""
-    return Variational(model, "categorical", "mlp", SourceSettings(widths(hidden)), only=_finite)
+def categorical_encoder(
+    model: Model, hidden: Sequence[int] = (32,), inputs: Sequence[str] = ()
+) -> Variational:
+    """An amortized table: λ⁽ⁿ⁾ = MLP(x⁽ⁿ⁾), tanh layers of widths `hidden`.
+
+    inputs: the data tensors it reads; none named: all floating ones, or all where none is floating.
+    """
+    settings = SourceSettings(widths(hidden), tuple(inputs))
+    return Variational(model, "categorical", "mlp", settings, only=_finite)

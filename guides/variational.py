@@ -37,10 +37,15 @@ def mean_field(model: Model, head: Heads = None) -> Variational:
 
 
 def amortized(
-    model: Model, head: Heads = None, source: str = "mlp", hidden: Sequence[int] = (32,)
+    model: Model,
+    head: Heads = None,
+    source: str = "mlp",
+    hidden: Sequence[int] = (32,),
+    inputs: Sequence[str] = (),
+    vocabulary: int | None = None,
 ) -> Variational:
     """λ⁽ⁿ⁾ from an encoder network of x⁽ⁿ⁾."""
-    return variational(model, head, source, hidden)
+    return variational(model, head, source, hidden, inputs, vocabulary)
 
 
 def semi_amortized(
@@ -51,13 +56,15 @@ def semi_amortized(
     steps: int = 5,
     rate: float = 0.1,
     through: bool = True,
+    inputs: Sequence[str] = (),
+    vocabulary: int | None = None,
 ) -> Variational:
     """An encoder, then a few steps of ascent on each datum's own ELBO (Kim et al. 2018).
 
     steps, rate: their number and size in unconstrained coordinates. through: whether the gradient of the encoder runs
     through the steps.
     """
-    settings = SourceSettings(widths(hidden))
+    settings = SourceSettings(widths(hidden), tuple(inputs), vocabulary)
     return Variational(model, head, source, settings, refine_steps=steps, refine_rate=rate, through=through)
 
 
@@ -66,7 +73,13 @@ def point(model: Model) -> Variational:
     return Variational(model, "point", only=lambda site: site.kind == "latent")
 
 
-def flow(model: Model, source: str = "table", hidden: Sequence[int] = (32,)) -> Variational:
+def flow(
+    model: Model,
+    source: str = "table",
+    hidden: Sequence[int] = (32,),
+    inputs: Sequence[str] = (),
+    vocabulary: int | None = None,
+) -> Variational:
     """A normalizing flow a continuous site, given a context from the source; enumerated sites are summed exactly."""
-    settings = SourceSettings(widths(hidden))
+    settings = SourceSettings(widths(hidden), tuple(inputs), vocabulary)
     return Variational(model, "flow", source, settings, only=lambda site: site.kind == "latent")

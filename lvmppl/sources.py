@@ -41,7 +41,9 @@ class SourceSettings:
 
 
 class MLP(nn.Module):
-    """tanh layers of the standardised rows; inputs are all floating tensors, flattened, or those that are named."""
+    """tanh layers of the standardised rows, flattened: of the tensors that are named, else of all that are floating,
+    else (data of counts or states) of all there are.
+    """
 
     def __init__(self, data: Data, settings: SourceSettings) -> None:
         super().__init__()
@@ -53,7 +55,8 @@ class MLP(nn.Module):
 
     def flat(self, data: Data) -> Tensor:
         """The inputs [B, F]."""
-        parts = chosen(data, self.inputs, lambda t: t.is_floating_point(), "a floating tensor")
+        floating = any(t.is_floating_point() for t in data.values())
+        parts = chosen(data, self.inputs, lambda t: t.is_floating_point() or not floating, "a tensor")
         return torch.cat([_as_float(t).reshape(len(t), -1) for t in parts], -1)
 
     def forward(self, data: Data) -> Features:
@@ -140,7 +143,7 @@ TRUNKS: dict[str, Callable[[Data, SourceSettings], nn.Module]] = {
 
 SOURCES: dict[str, str] = {
     "table": "one λ a datum, in a table of which a minibatch touches only its rows",
-    "mlp": "an encoder: tanh layers of the standardised floating tensors of the datum",
+    "mlp": "an encoder: tanh layers of the datum's standardised numbers (its counts or states where none is floating)",
     "gru": "an encoder: a bidirectional GRU over a sequence, with `lengths`",
     "bag_of_words": "an encoder: tanh layers of the log counts of a datum's tokens",
 }
@@ -194,7 +197,7 @@ def chosen(data: Data, inputs: Sequence[str], wanted: Callable[[Tensor], bool], 
             "guide, inputs of the encoder",
             words,
             f"no {', '.join(unknown)} in {listing}" if unknown else listing,
-            "name the tensors to read with inputs: […], or use source: table",
+            "name the tensors to read with inputs: […]",
         )
     return [data[n] for n in found]
 

@@ -20,7 +20,8 @@ from lvmppl.algorithms.stepper import Stepper, batch_elbo
 from lvmppl.density import isolated
 from lvmppl.elbo import elbo
 from lvmppl.errors import InputError
-from lvmppl.guides.variational import point, semi_amortized, variational
+from lvmppl.guides.categorical import categorical_encoder
+from lvmppl.guides.variational import amortized, point, semi_amortized, variational
 from lvmppl.heads import DEFAULT_HEADS, HEADS
 from lvmppl.models.hmm import hidden_markov
 from lvmppl.sources import GRU, MLP, BagOfWords, SourceSettings
@@ -344,6 +345,44 @@ def test_mlp_standardises_with_the_first_rows() -> None:
     with isolated(0, F64):
         trunk = MLP({"x": tensor(1, 3)}, SourceSettings(hidden=()))
         torch.testing.assert_close(trunk({"x": tensor(5)}).rows, tensor(3).reshape(1, 1))
+
+
+COUNTS = torch.tensor([[0, 7], [3, 1], [9, 4], [2, 2], [5, 0]])
+
+
+@pytest.mark.parametrize("guide", [categorical_encoder, amortized, semi_amortized])
+def test_encoder_of_counts_equals_encoder_of_the_same_numbers(guide: Callable[..., Any]) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(tensor(0.4, 0.6)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(rows(2, 2, 2).exp()[z]).to_event(1), obs=x)
+
+    with isolated(0, F64):  # counts alone have torch's default dtype
+        weights = [
+            lvmppl.fit(model, {"x": x}, algorithm="svi", guide=guide, max_steps=4).guide_parameters
+            for x in (COUNTS, COUNTS.double())
+        ]
+    assert len(weights[0]) == 4
+    for name, value in weights[1].items():
+        torch.testing.assert_close(weights[0][name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("guide", [categorical_encoder, amortized, semi_amortized])
+def test_encoder_reads_floating_tensors_or_those_named(guide: Callable[..., Any]) -> None:
+    """The width of its first layer is that of what it reads: x has two columns, y three."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(tensor(0.4, 0.6)), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Poisson(z + 1.0), obs=x.sum(-1))
+            pyro.sample("y", dist.Normal(tensor(0, 1, 2), 1.0).to_event(1), obs=y)
+
+    for inputs, width in (((), 3), (("x",), 2), (("x", "y"), 5)):
+        built = functools.partial(guide, inputs=inputs)
+        with isolated(0, F64):
+            data = {"x": COUNTS, "y": rows(1, 5, 3)}
+            problem = build_problem("fit", model, data, guide=built, guide_takes_model=True)
+        assert problem.initial["guide.encoder.trunk.layers.0.weight"].shape[1] == width
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
