@@ -61,6 +61,11 @@ class Document:
                 return f"--set {created[-1]}: {dotted}"
         return f"{self.source}: {dotted}".removesuffix(": ")
 
+    def created(self, loc: Loc) -> bool:
+        """Whether a mapping stands here only because overrides set something in it."""
+        inner = any(key[: len(loc)] == loc and key != loc for key in self.overrides)
+        return inner and loc not in self.lines and loc not in self.overrides
+
     @contextmanager
     def located(self) -> Iterator[None]:
         """Within the block, an error whose `where` opens with a dotted field of the document says where that stands."""

@@ -150,7 +150,7 @@ def _build(document: Document, stem: str) -> Experiment:
     if not isinstance(document.value, dict):
         raise InputError(document.place(()), "a mapping (name, data, model, fits)", shown(document.value))
     raw = {"name": stem, **document.value}
-    fits, problems = _fits(raw.get("fits"), document.place)
+    fits, problems = _fits(raw.get("fits"), document)
     try:
         experiment = Experiment.model_validate({**raw, "fits": fits})
     except ValidationError as error:
@@ -160,32 +160,37 @@ def _build(document: Document, stem: str) -> Experiment:
     return experiment
 
 
-def _fits(raw: Any, place: Callable[[Loc], str]) -> tuple[Any, list[InputError]]:
+def _fits(raw: Any, document: Document) -> tuple[Any, list[InputError]]:
     """The options of each fit, and what is wrong with them."""
     example = "write fits: {em: {algorithm: em}}"
     if not isinstance(raw, dict) or not raw:
-        return {}, [InputError(place(("fits",)), "a mapping of at least one fit", shown(raw), example)]
+        return {}, [
+            InputError(document.place(("fits",)), "a mapping of at least one fit", shown(raw), example)
+        ]
     fits: dict[Any, Options] = {}
     problems: list[InputError] = []
     for name, given in raw.items():
         try:
-            fits[name] = _fit(name, given, raw, place)
+            fits[name] = _fit(name, given, raw, document)
         except InputErrors as error:
             problems.extend(error.problems)
             fits[name] = Options(algorithm="")  # stands in, so that the name is checked with the others
     return fits, problems
 
 
-def _fit(name: Any, given: Any, raw: Mapping[Any, Any], place: Callable[[Loc], str]) -> Options:
+def _fit(name: Any, given: Any, raw: Mapping[Any, Any], document: Document) -> Options:
     loc: Loc = ("fits", name)
+    place = document.place
     if not isinstance(given, dict):
         raise InputErrors([InputError(place(loc), "a mapping", shown(given), "write {algorithm: em}")])
     algorithm = given.get("algorithm")
-    others = [str(other) for other in raw if other != name]
-    alike = nearest(name, others, cutoff=0.7) if algorithm is None else ""
-    if alike:  # more likely a slip in the name of a fit, as in `--set fits.emm.restarts=3`, than a new one
+    if algorithm is None and document.created(
+        loc
+    ):  # a slip in a fit's name, as in `--set fits.emm.restarts=3`
+        others = [str(other) for other in raw if not document.created(("fits", other))]
         known = f"a fit of the file ({listed(others)}), or a new one with an algorithm"
-        raise InputErrors([InputError(place(loc), known, shown(name), alike)])
+        fix = nearest(name, others) or f"set fits.{name}.algorithm too"
+        raise InputErrors([InputError(place(loc), known, shown(name), fix)])
     if not isinstance(algorithm, str) or algorithm not in ALGORITHMS:
         raise InputErrors([unknown_algorithm(algorithm, place((*loc, "algorithm")))])
     kind = ALGORITHMS[algorithm]

@@ -341,7 +341,21 @@ def test_later_override_wins(tmp_path: Path) -> None:
             ["fits.em={algorithm: em, restarts: x}"],
             "--set fits.em={.*}: fits.em.restarts: expected a whole number.*",
         ),
-        (["fits.new.max_steps=3"], "--set fits.new.max_steps=3: fits.new.algorithm: expected an algorithm.*"),
+        (
+            ["fits.third.max_steps=3"],
+            r"--set fits.third.max_steps=3: fits.third: expected a fit of the file \(em, network\), or a new one with an "
+            "algorithm, got 'third'; set fits.third.algorithm too",
+        ),
+        (
+            ["fits.en.steps=10"],
+            r"--set fits.en.steps=10: fits.en: expected a fit .*em, network.*, got 'en'; did you mean 'em'.",
+        ),
+        (
+            ["fits.ne.restarts=1", "fits.nf.restarts=1"],
+            r"(--set .* \(em, network\), .*, got 'n[ef]'; .*\n?){2}",
+        ),
+        (["fits.en={restarts: 3}"], "--set .*: fits.en.algorithm: expected an algorithm of .*, got nothing"),
+        (["fits.em={restarts: 3}"], "--set .*: fits.em.algorithm: expected an algorithm of .*, got nothing"),
         (
             ["fits.em.restarts.x=3"],
             "--set .*: expected a mapping at fits.em.restarts, got 2; set .* as a whole",
