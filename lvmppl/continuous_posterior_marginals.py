@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from lvmppl.errors import InputError
+from lvmppl.exact.block_tridiagonal import StateSpacePosterior
 from lvmppl.exact.gaussian import GaussianPosterior
 from lvmppl.exact.quadrature import QuadraturePosterior
-from lvmppl.exact.state_space import StateSpacePosterior
 from lvmppl.posterior_frames import categorical_of
 
 
