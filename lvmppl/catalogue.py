@@ -92,15 +92,31 @@ GUIDES: dict[str, tuple[str, str]] = {
     "auto_normal": ("pyro.infer.autoguide:AutoNormal", "independent Gaussians, a site at a time"),
 }
 
-SOURCES: dict[str, str] = {
-    "breast_cancer": "569 tumours, 30 measurements, benign or malignant (scikit-learn)",
-    "diabetes": "442 patients, 10 measurements and the progression after a year (scikit-learn)",
-    "digits": "1797 handwritten digits, 8 × 8 pixels (scikit-learn)",
-    "iris": "150 irises, 4 measurements, three species (scikit-learn)",
-    "lee_background": "300 news texts as token ids or document-term counts (gensim, extra `text`)",
-    "nile": "the yearly flow of the Nile, 1871 to 1970 (statsmodels)",
-    "sunspots": "the yearly number of sunspots, 1700 to 2008 (statsmodels)",
-    "wine": "178 wines, 13 chemical measurements, three cultivars (scikit-learn)",
+# What a source holds, and names for `data.columns`; one name may stand for many columns.
+SOURCES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "breast_cancer": (
+        "569 tumours, 30 measurements, benign or malignant (scikit-learn)",
+        ("measurements", "benign"),
+    ),
+    "diabetes": (
+        "442 patients, 10 measurements and the progression after a year (scikit-learn)",
+        ("age", "sex", "bmi", "bp", "s1", "s2", "s3", "s4", "s5", "s6", "measurements", "progression"),
+    ),
+    "digits": ("1797 handwritten digits, 8 × 8 pixels (scikit-learn)", ("pixels", "digit")),
+    "iris": (
+        "150 irises, 4 measurements, three species (scikit-learn)",
+        ("sepal_length", "sepal_width", "petal_length", "petal_width", "measurements", "species"),
+    ),
+    "lee_background": (
+        "300 news texts as token ids or document-term counts (gensim, extra `text`)",
+        ("tokens", "lengths"),
+    ),
+    "nile": ("the yearly flow of the Nile, 1871 to 1970 (statsmodels)", ("year", "volume")),
+    "sunspots": ("the yearly number of sunspots, 1700 to 2008 (statsmodels)", ("year", "activity")),
+    "wine": (
+        "178 wines, 13 chemical measurements, three cultivars (scikit-learn)",
+        ("measurements", "cultivar"),
+    ),
 }
 
 _TABLES: dict[Kind, dict[str, tuple[str, str]]] = {"model": MODELS, "guide": GUIDES}

@@ -6,7 +6,9 @@ import enum
 import itertools
 import math
 import re
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,18 +98,33 @@ def check(experiment: Experiment, overrides: Overrides = None) -> None:
 
 @app.command(name="list")
 def list_() -> None:
-    """List models, guides, data sources and shipped experiments, a line each."""
+    """List models, guides, data sources with their columns, and shipped experiments, a line each."""
     from lvmppl.catalogue import GUIDES, MODELS, SOURCES
     from lvmppl.spec import shipped_experiments
 
-    rows = [("model", name, text) for name, (_, text) in MODELS.items()]
-    rows += [("guide", name, text) for name, (_, text) in GUIDES.items()]
-    rows += [("source", name, text) for name, text in SOURCES.items()]
-    for name, path in shipped_experiments().items():
-        rows.append(("experiment", name, _first_clause(path.read_text(encoding="utf-8"))))
-    width = max(len(name) for _, name, _ in rows)
-    for kind, name, text in rows:
-        typer.echo(f"{kind:<10}  {name:<{width}}  {text}")
+    parts = {
+        "model": {name: text for name, (_, text) in MODELS.items()},
+        "guide": {name: text for name, (_, text) in GUIDES.items()},
+        "source": {
+            name: f"{text}; columns {', '.join(columns)}" for name, (text, columns) in SOURCES.items()
+        },
+        "experiment": {
+            name: _first_clause(path.read_text(encoding="utf-8"))
+            for name, path in shipped_experiments().items()
+        },
+    }
+    for kind, entries in parts.items():
+        width = max(map(len, entries))
+        for name, text in entries.items():
+            typer.echo(_hanging(f"{kind:<10}  {name:<{width}}  ", text))
+
+
+def _hanging(head: str, text: str) -> str:
+    """One line; on a terminal, where that is too long for it, more of them below the text."""
+    if not sys.stdout.isatty():
+        return head + text
+    width, indent = shutil.get_terminal_size().columns, " " * len(head)
+    return textwrap.fill(text, width, initial_indent=head, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _first_clause(text: str) -> str:

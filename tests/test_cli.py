@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -198,6 +199,23 @@ def test_list_has_a_line_for_each_name() -> None:
         [["model", n] for n in MODELS] + [["guide", n] for n in GUIDES] + [["source", n] for n in SOURCES]
     )
     assert words == expected + [["experiment", n] for n in shipped_experiments()]
+
+
+def test_list_names_the_columns_of_a_source() -> None:
+    (line,) = [line for line in lvmppl("list").stdout.splitlines() if line.startswith("source      nile ")]
+    assert line.endswith("; columns year, volume")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_list_on_a_terminal_says_the_same_in_lines_that_fit(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    piped = lvmppl("list").stdout
+    monkeypatch.setattr("lvmppl.cli.sys", SimpleNamespace(stdout=SimpleNamespace(isatty=lambda: True)))
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = lvmppl("list").stdout
+    assert max(map(len, piped.splitlines())) > 120 >= width >= max(map(len, shown.splitlines()))
+    assert shown.split() == piped.split()
 
 
 # ------------------------------------------------------------------------------------------ new

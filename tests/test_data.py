@@ -16,7 +16,7 @@ import torch
 from sklearn import datasets
 
 from lvmppl.data import SOURCES, Dataset, load
-from lvmppl.data.shipped import READERS
+from lvmppl.data.shipped import READERS, read_shipped
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,16 @@ def test_shipped_series_equals_statsmodels(name: str, column: str) -> None:
 
 def test_shipped_names_equal_catalogue() -> None:
     assert set(SOURCES) == set(READERS)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_listed_columns_of_a_shipped_source_are_all_its_numbers(name: str) -> None:
+    """Each can be had by its name, and a column that is not listed is part of one that is."""
+    _, listed = SOURCES[name]
+    data = read(name, columns={column: column for column in listed})
+    covered = {inner for column in listed for inner in (column, *data.columns[column])}
+    table = read_shipped(name, {})
+    assert set(table.columns) | set(table.blocks) <= covered
 
 
 def test_columns_by_list_name_block_and_pattern_equal_sklearn() -> None:
