@@ -336,3 +336,33 @@ def test_elbo_and_kl_add_up_to_the_log_evidence_of_every_datum(name: str) -> Non
 def test_every_family_of_the_table_has_a_case() -> None:
     tested = {head_name(h) for case in CASES.values() for h in case.heads.values()}
     assert tested == set(HEADS) - {"point"}  # a point is no distribution: it has no ELBO
+
+
+QUADRATURE: dict[str, tuple[Callable[..., None], Any, int]] = {
+    "two dimensions": (BENT, constraints.real_vector, 2),
+    "positive": (POSITIVE, constraints.positive, 1),
+    "unit interval": (UNIT, constraints.unit_interval, 1),
+    "mixed": (MIXED_GAMMA, constraints.positive, 1),
+}
+
+
+@pytest.mark.parametrize("name", QUADRATURE)
+def test_posterior_density_by_quadrature_integrates_to_one_by_the_trapezoidal_rule(name: str) -> None:
+    """Its normaliser is the log evidence, which the identity alone would take at its word."""
+    model, support, dim = QUADRATURE[name]
+    axis = torch.linspace(-12.0, 12.0, 20001 if dim == 1 else 301, dtype=F64)
+    free = axis if dim == 1 else torch.cartesian_prod(axis, axis)
+    transform = biject_to(support)
+    z = transform(free)
+    log_weight = dim * (axis[1] - axis[0]).log()
+    if dim == 1:
+        log_weight = log_weight + transform.log_abs_det_jacobian(free, z)
+    with isolated(0, F64):
+        posterior = lvmppl.posterior(model, {"x": X}, parameters={})
+    inside = (z > 0) & (z < 1) if name == "unit interval" else torch.ones(len(z), dtype=torch.bool)
+    held = z[inside].unsqueeze(1).expand(-1, N, *z.shape[1:])
+    states = range(3) if name == "mixed" else (0,)
+    parts = [posterior.log_prob({"z": held, "a": torch.full(held.shape[:2], a)}) for a in states]
+    log_weight = log_weight.expand(len(z))[inside].unsqueeze(1)
+    total = torch.logsumexp(torch.stack(parts) + log_weight, (0, 1))
+    torch.testing.assert_close(total, torch.zeros(N, dtype=F64), rtol=0, atol=1e-7)
