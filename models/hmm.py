@@ -54,7 +54,9 @@ def hidden_markov(
     if num_states < 1:
         raise ValueError(f"num_states must be at least 1, got {num_states}")
     if x.dim() != 2 and (x.dim() != 3 or emission == "categorical"):
-        hint = "; one sequence is x.unsqueeze(0), or `data: {time: COLUMN}` in a YAML" if x.dim() == 1 else ""
+        one = "one sequence is x.unsqueeze(0); in a YAML, long-form rows become sequences by"
+        ways = "`data: {time: COLUMN}` (one) or `data: {sequence: COLUMN, time: COLUMN}`"
+        hint = f"; {one} {ways}" if x.dim() == 1 else ""
         raise ValueError(
             f"x must have shape [N, T] or, unless categorical, [N, T, D], got {tuple(x.shape)}{hint}"
         )

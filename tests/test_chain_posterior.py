@@ -334,5 +334,6 @@ def test_observation_beyond_a_length_is_refused() -> None:
 
 
 def test_a_single_sequence_without_its_axis_is_told_how_to_be_one() -> None:
-    with pytest.raises(ModelError, match=r"got \(9,\); one sequence is x.unsqueeze\(0\), or `data: \{time"):
+    told = r"got \(9,\); one sequence is x.unsqueeze\(0\); in a YAML, .*`data: \{sequence: COLUMN, time: COLUMN\}`"
+    with pytest.raises(ModelError, match=told):
         lvmppl.posterior(functools.partial(hidden_markov, num_states=2), {"x": torch.zeros(9).long()})

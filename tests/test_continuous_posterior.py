@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -250,6 +251,45 @@ def chain_beside_a_normal(x: Tensor) -> None:
 def test_intractable_model_names_the_sites_and_the_way_out(x: Tensor, model: Any, message: str) -> None:
     with pytest.raises(IntractableError, match=message):
         lvmppl.posterior(model, {"x": x[:, 0].abs().round()})
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "row", "reason"),
+    [
+        (lambda z: dist.Laplace(z, 1.0), 0, "its curvature changes from place to place"),
+        (lambda z: dist.Laplace(z - 60.0, 1.0), 1, "it departs from its quadratic further away"),
+    ],
+)
+def test_engine_says_what_is_not_quadratic_and_where(
+    likelihood: Callable[[Tensor], Any], row: int, reason: str
+) -> None:
+    """Row `row` is the one whose log p(x, z) has a kink at a place where it is looked at."""
+
+    def model(x: Tensor, quadratic: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).to(x), 1.0))
+            with pyro.poutine.mask(mask=~quadratic):
+                pyro.sample("x", likelihood(z), obs=x)
+
+    plain = torch.arange(2) != row
+    post = lvmppl.posterior(model, {"x": torch.tensor([0.5, 0.25]).double(), "quadratic": plain})
+    assert post.engine == (
+        f"quadrature over z (1 dimension a row): log p(x, z) is not quadratic in z ({reason}, as at row {row})"
+    )
+
+
+def test_long_path_that_is_not_quadratic_says_why_it_is_no_path() -> None:
+    def model(x: Tensor) -> None:
+        steps = x.shape[1]
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(steps).to(x), 1.0).to_event(1))
+            pyro.sample("x", dist.Laplace(z, 1.0).to_event(1), obs=x)
+
+    said = r"401 dimensions a row are more .* takes \(400\), and log p\(x, z\) is no path \(it is no quadratic whose steps"
+    with pytest.raises(IntractableError, match=said):
+        lvmppl.posterior(
+            model, {"x": torch.randn(2, 401, generator=torch.Generator().manual_seed(0)).double()}
+        )
 
 
 def test_summary_of_a_fit_with_continuous_sites_is_exact_where_it_can_be(x: Tensor) -> None:

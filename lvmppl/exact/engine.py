@@ -128,7 +128,7 @@ def _solve(
     """The posterior, which engine it is of and why, and what nothing bounds the error by (else empty)."""
     names = _listed([b.name for b in layout.blocks])
     given = f" given {', '.join(layout.discrete)}" if layout.discrete else ""
-    why = "its support is bounded"
+    why, no_path = "its support is bounded", ""
     if layout.transform is None:
         steps = path_steps(layout)
         if steps is not None:
@@ -144,8 +144,8 @@ def _solve(
                     ),
                     _unproven(log_joint),
                 )
-            except NotQuadratic:
-                pass
+            except NotQuadratic as error:
+                no_path = f", and log p(x, z) is no path ({error.got})"
         if layout.dim <= MAX_DENSE:
             try:
                 found = gaussian_posterior(log_joint, rows, layout.dim, dtype=dtype)
@@ -162,7 +162,7 @@ def _solve(
             except NotQuadratic as error:
                 why = f"log p(x, z) is not quadratic in {names} ({error.got})"
         else:
-            why = f"{layout.dim} dimensions a row are more than the dense Gaussian engine takes ({MAX_DENSE})"
+            why = f"{layout.dim} dimensions a row are more than the dense Gaussian engine takes ({MAX_DENSE}){no_path}"
     if layout.dim > QUADRATURE_DIMS:
         listing = _listed([f"{b.name} ({b.size})" for b in layout.blocks])
         raise IntractableError(

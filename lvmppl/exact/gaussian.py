@@ -230,7 +230,7 @@ def refuse_above_one(ratio: Tensor, what: str) -> None:
     """
     if ratio.numel() and ratio.max() > 1.0:
         row = ", ".join(str(int(i)) for i in torch.unravel_index(ratio.argmax(), ratio.shape))
-        got = f"{what} (at row {row})"
+        got = f"{what}, as at row {row}"
         raise NotQuadratic("log joint", got, float(ratio.max()))
 
 
