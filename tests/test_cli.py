@@ -241,6 +241,22 @@ def test_new_file_is_accepted_by_check(
     assert checked.exit_code == 0, checked.output
 
 
+@pytest.mark.parametrize("kind", ["model", "guide", "experiment"])
+def test_new_file_runs_and_its_gap_equals_evidence_less_bound(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert lvmppl("new", kind, "mine").exit_code == 0
+    result = lvmppl("run", "mine.yaml", "--smoke", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("report: runs/mine/report.html\n")
+    rows = pd.read_csv("runs/mine/summary.csv").set_index("fit")
+    assert list(rows.index) == ["em", "local"] and list(rows["log_evidence_kind"]) == ["exact"] * 2
+    bound = rows.loc["local"]
+    assert bound["elbo"] <= bound["log_evidence"] + 1e-9
+    assert bound["gap"] == pytest.approx(bound["log_evidence"] - bound["elbo"], abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "taken"), [("model", "mine.py"), ("guide", "mine.yaml"), ("experiment", "mine.yaml")]
 )
