@@ -68,9 +68,7 @@ def fit(
             "fit",
             model,
             tensors,
-            guide=guide,
-            guide_takes_model=takes_model(guide),
-            guide_name=_name(guide),
+            **_guided(guide),
             data_plate=data_plate,
             start=None if start_from is None else {**start_from.parameters, **start_from.guide_parameters},
             frozen=getattr(parsed, "freeze", ()),
@@ -140,9 +138,7 @@ def variational_posterior(
             "variational_posterior",
             model,
             tensors,
-            guide=guide,
-            guide_takes_model=takes_model(guide),
-            guide_name=_name(guide),
+            **_guided(guide),
             data_plate=data_plate,
             start=fit.parameters,
             seed=seed,
@@ -224,10 +220,10 @@ def bind_model(model: Callable[..., Any], args: Mapping[str, Any]) -> Callable[.
     return functools.partial(model, **args) if args else model
 
 
-def _name(guide: Callable[..., Any] | None) -> str | None:
-    if guide is None:
-        return None
-    return str(getattr(guide, "__name__", type(guide).__name__))
+def _guided(guide: Callable[..., Any] | None) -> dict[str, Any]:
+    """What `build_problem` is told of a guide."""
+    name = None if guide is None else str(getattr(guide, "__name__", type(guide).__name__))
+    return {"guide": guide, "guide_takes_model": takes_model(guide), "guide_name": name}
 
 
 __all__ = [

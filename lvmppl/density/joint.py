@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,32 +71,30 @@ class Joint:
         with draw, enumeration, EnumerateChains(), EnumerateFinite(drawing):
             yield
 
+    @contextmanager
+    def _at(self, values: Values, rows: Rows) -> Iterator[None]:
+        """Parameters and networks at `values`, of a table the entries of the rows."""
+        with Parameters(values, self.specs, rows, self.structure.data_plate), swapped_modules(values):
+            yield
+
     def evaluate(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
     ) -> Evaluation:
         """The log-factors at `values` on the rows handed in; the guide (if any) runs first and the model replays it."""
         rows, drawing = rows or Rows(num_rows(data)), drawing or Drawing()
-        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        names: dict[int, str] = {}
-        with parameters, swapped_modules(values):
+        with self._at(values, rows):
             if self.guide is None:
-                with poutine.trace() as model_trace, self._enumeration():
-                    self.model(data, values)
-                return self.evaluation_of(model_trace.trace, rows)
-            with poutine.trace() as guide_trace, self._drawing(drawing):
-                self.guide(data, values)
-            sizes = check_plates("guide", guide_trace.trace, rows.size, self.structure.data_plate)
-            with poutine.trace() as model_trace, self._replayed(guide_trace.trace):
-                self.model(data, values)
-        found = check_plates("model", model_trace.trace, rows.size, self.structure.data_plate)
+                return self.evaluation_of(_traced(self.model, data, values, self._enumeration()), rows)
+            guide_trace = _traced(self.guide, data, values, self._drawing(drawing))
+            sizes = check_plates("guide", guide_trace, rows.size, self.structure.data_plate)
+            model_trace = _traced(self.model, data, values, self._replayed(guide_trace))
+        found = check_plates("model", model_trace, rows.size, self.structure.data_plate)
         for plate in [p for p, size in sizes.items() if found.get(p, size) != size]:
             raise ModelError(
                 f"plate '{plate}'", f"the model's size in the guide, {found[plate]}", f"{sizes[plate]}"
             )
         extra = self._extra(drawing)
-        return build_evaluation(
-            model_trace.trace, guide_trace.trace, rows, self.structure, names, extra, drawing
-        )
+        return build_evaluation(model_trace, guide_trace, rows, self.structure, {}, extra, drawing)
 
     def evaluation_of(self, trace: Any, rows: Rows) -> Evaluation:
         """The log-factors of a run of the model alone, its enumerated sites enumerated."""
@@ -125,10 +123,9 @@ class Joint:
     ) -> tuple[dict[str, SiteView], Evaluation]:
         """The model's sites before any log-density is computed; the evaluation holds variables and sizes, no factors."""
         rows = rows or Rows(num_rows(data))
-        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        with parameters, swapped_modules(values), poutine.trace() as tracer, self._enumeration():
-            self.model(data, values)
-        return build_views(tracer.trace, rows, self.structure, self.extra)
+        with self._at(values, rows):
+            trace = _traced(self.model, data, values, self._enumeration())
+        return build_views(trace, rows, self.structure, self.extra)
 
     def evaluate_guide(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
@@ -136,10 +133,9 @@ class Joint:
         """The guide's log-factors alone; the model is not run."""
         assert self.guide is not None
         rows, drawing = rows or Rows(num_rows(data)), drawing or Drawing()
-        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        with parameters, swapped_modules(values), poutine.trace() as trace, self._drawing(drawing):
-            self.guide(data, values)
-        return build_evaluation(None, trace.trace, rows, self.structure, {}, self._extra(drawing), drawing)
+        with self._at(values, rows):
+            trace = _traced(self.guide, data, values, self._drawing(drawing))
+        return build_evaluation(None, trace, rows, self.structure, {}, self._extra(drawing), drawing)
 
     def view_guide(
         self, data: Values, values: Values, rows: Rows | None = None
@@ -147,11 +143,21 @@ class Joint:
         """The guide's sites with their distributions, before any log-density is computed; the model is not run."""
         assert self.guide is not None
         rows = rows or Rows(num_rows(data))
-        parameters = Parameters(values, self.specs, rows, self.structure.data_plate)
-        finite = EnumerateFinite()
-        with parameters, swapped_modules(values), poutine.trace() as trace, self._enumeration(), finite:
-            self.guide(data, values)
-        return build_views(trace.trace, rows, self.structure, {})
+        with self._at(values, rows):
+            trace = _traced(self.guide, data, values, self._enumeration(), EnumerateFinite())
+        return build_views(trace, rows, self.structure, {})
+
+
+def _traced(
+    program: Program, data: Values, values: Values, *handlers: AbstractContextManager[Any]
+) -> poutine.Trace:
+    """The trace of a run under some handlers, the first of them outermost."""
+    with ExitStack() as stack:
+        tracer = stack.enter_context(poutine.trace())
+        for handler in handlers:
+            stack.enter_context(handler)
+        program(data, values)
+    return tracer.trace
 
 
 class HeldJoint(Joint):
