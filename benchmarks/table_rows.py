@@ -19,11 +19,11 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from lvmppl.algorithms.problem import build_problem
 from lvmppl.algorithms.svi import _Ascent
 from lvmppl.density import isolated, unvalidated
+from lvmppl.guides.variational import mean_field
 from lvmppl.options import SVIOptions
 
 SIZES = (10_000, 100_000, 1_000_000)
@@ -37,13 +37,6 @@ def model(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
-def guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
-        scale = pyro.param("scale", torch.ones(len(x)), constraint=constraints.positive, event_dim=0)
-        pyro.sample("z", dist.Normal(loc, scale))
-
-
 def resident(field: str) -> float:
     """Resident memory of this process in MiB: `VmRSS` now, `VmHWM` at its highest since the mark was reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -54,7 +47,7 @@ def measure(count: int) -> str:
     """One line of the table."""
     with isolated(0, torch.float64), unvalidated():
         x = 1.0 + torch.randn(count)
-        problem = build_problem("a", model, {"x": x}, guide=guide)
+        problem = build_problem("a", model, {"x": x}, guide=mean_field, guide_takes_model=True)
         ascent = _Ascent(problem, SVIOptions(batch_size=BATCH, max_steps=10 * STEPS), 0)
         ascent.stepper.average.begin(ascent.stepper.leaves)
         for step in range(20):

@@ -9,11 +9,11 @@ import numpy as np
 import pyro.distributions as dist
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmppl import bilinear
 from lvmppl.bilinear import log_density
@@ -124,19 +124,6 @@ SCALARS = {
     )
 }
 FAMILIES: dict[str, Any] = {**EVENTLESS, **SCALARS}
-
-
-class Largest(TorchDispatchMode):
-    """The entries of the largest tensor that owns its memory, among the results of every operation."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.entries = max(self.entries, tensor.untyped_storage().nbytes() // tensor.element_size())
-        return result
 
 
 @pytest.fixture(autouse=True)
@@ -271,9 +258,9 @@ def test_no_tensor_takes_the_size_of_the_broadcast(name: str, monkeypatch: pytes
         name, [(states, True), (rows, False)], 0 if name in EVENTLESS else 1, 0
     )
     own = {k: v.requires_grad_() for k, v in parameters.items()}
-    with Largest() as seen:
+    with Allocations() as seen:
         log_density(distribution(own), x).sum().backward()
-    assert states * rows <= seen.entries < 2 * states * rows
+    assert states * rows <= seen.largest / x.element_size() < 2 * states * rows
 
 
 def test_log_density_of_sharp_matrices_equals_that_of_scipy() -> None:

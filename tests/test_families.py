@@ -8,27 +8,12 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmppl.families import log_density
 
 K, N, V = 3, 700, 11
-
-
-class _LargestStorage(TorchDispatchMode):
-    """Remembers the largest piece of memory that any operation returned."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
 
 
 def repeated(make: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
@@ -55,12 +40,12 @@ def test_gradient_of_a_repeated_distribution_equals_torchs_and_stays_small(
     weight = torch.randn(K, N, generator=generator, dtype=torch.float64)
     plain = repeated(make)(table).log_prob(value)
     (expected,) = torch.autograd.grad((weight * plain).sum(), table)
-    with _LargestStorage() as largest:
+    with Allocations() as seen:
         found = log_density(repeated(make)(table), value)
         (gradient,) = torch.autograd.grad((weight * found).sum(), table)
     torch.testing.assert_close(found.expand(K, N), plain, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-12)
-    assert largest.bytes <= 8 * K * N  # the log-densities themselves, and nothing of size K × N × V
+    assert seen.largest <= 8 * K * N  # the log-densities themselves, and nothing of size K × N × V
 
 
 class _Reversed(torch.autograd.Function):

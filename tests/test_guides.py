@@ -10,8 +10,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from allocations import Allocations
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import lvmppl
 from lvmppl.algorithms.heldout import score_rows
@@ -249,22 +249,6 @@ def _semi(model: Any, steps: int) -> Any:
     return semi_amortized(model, hidden=[], steps=steps, rate=0.3, through=False)
 
 
-class _Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inplace = getattr(func, "_schema", None) is not None and func._schema.name.endswith("_")
-        for out in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(out, Tensor) and not inplace and out._base is None:
-                self.numel = max(self.numel, out.numel())
-        return result
-
-
 def test_step_on_a_table_of_a_million_rows_makes_no_tensor_of_that_size() -> None:
     size, batch = 1_000_000, torch.tensor([5, 999_999, 17])
     model = local(lambda: dist.Normal(0.0, 1.0), lambda z: dist.Normal(z, 1.0))
@@ -274,10 +258,10 @@ def test_step_on_a_table_of_a_million_rows_makes_no_tensor_of_that_size() -> Non
         assert problem.guided is not None
         stepper = Stepper(problem, problem.initial, problem.free_lambda, "adam", 0.1, None, True)
         before = stepper.leaves["z_scale"].clone()
-        with _Largest() as largest:
+        with Allocations() as seen:
             values, own = stepper.values(batch)
             stepper.update(batch_elbo(problem, problem.guided, values, batch), own, batch, 1.0)
-    assert 0 < largest.numel <= 100
+    assert 0 < seen.largest <= 100 * x.element_size()
     moved = (stepper.leaves["z_scale"] != before).nonzero().flatten()
     assert moved.tolist() == sorted(batch.tolist())
 
@@ -292,14 +276,14 @@ def test_round_on_a_table_is_undone_at_the_cost_of_the_rows_it_touched() -> None
         stepper = Stepper(problem, problem.initial, problem.free_lambda, "adam", 0.1, None, True)
         tables = {(n, k): t for n, s in stepper.sparse.items() for k, t in {"": s.table, **s.state}.items()}
         before = {key: t.clone() for key, t in tables.items()}
-        with _Largest() as largest:
+        with Allocations() as seen:
             stepper.save()
             for batch in batches:
                 values, own = stepper.values(batch)
                 stepper.update(batch_elbo(problem, problem.guided, values, batch), own, batch, 1.0)
         moved = {key: int((t != before[key]).sum()) for key, t in tables.items()}
         stepper.restore()
-    assert 0 < largest.numel <= 100
+    assert 0 < seen.largest <= 100 * x.element_size()
     assert set(moved.values()) == {4}
     for key, table in tables.items():
         torch.testing.assert_close(table, before[key], rtol=0, atol=0)

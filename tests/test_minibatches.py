@@ -10,10 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from allocations import Allocations
+from table_models import local_normal, table_guide
 from torch import Tensor
 from torch.distributions import constraints
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import lvmppl
 from lvmppl.algorithms.ascent import Trajectory
@@ -24,20 +24,6 @@ from lvmppl.density import isolated, unvalidated
 from lvmppl.errors import ModelError
 from lvmppl.guides.categorical import categorical
 from lvmppl.options import SVIOptions
-
-
-def local_normal(x: Tensor) -> None:
-    mean = pyro.param("mean", torch.tensor(0.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
-
-
-def table_guide(x: Tensor) -> None:
-    with pyro.plate("data", len(x)):
-        loc = pyro.param("loc", torch.zeros(len(x)), event_dim=0)
-        scale = pyro.param("scale", torch.ones(len(x)), constraint=constraints.positive, event_dim=0)
-        pyro.sample("z", dist.Normal(loc, scale))
 
 
 def values(count: int) -> Tensor:
@@ -133,23 +119,6 @@ def test_shared_parameter_that_happens_to_have_as_many_rows_as_the_data_is_no_ta
 
 
 # --------------------------------------------------------------------------------------- what a step costs
-
-
-class Allocations(TorchDispatchMode):
-    """The largest new storage of any operation, in bytes: not views of, nor writes into, what is there already."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
-        known = {a.untyped_storage().data_ptr() for a in given}
-        for made in tree_leaves(result):
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.largest = max(self.largest, made.untyped_storage().nbytes())
-        return result
 
 
 def largest_allocation_of_a_step(count: int, optimizer: Any = "adam") -> int:

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from table_models import local_normal
 from torch import Tensor
 
 import lvmppl
@@ -25,13 +24,6 @@ mixture = functools.partial(gaussian_mixture, num_components=2)
 def clusters(count: int, seed: int) -> Tensor:
     generator = np.random.default_rng(seed)
     return torch.tensor(generator.normal(0, 1, (count, 2)) + 3.0 * generator.integers(0, 2, (count, 1)) + 7.0)
-
-
-def local_normal(x: Tensor) -> None:
-    mean = pyro.param("mean", torch.tensor(0.0))
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(mean, 1.0))
-        pyro.sample("x", dist.Normal(z, 0.5), obs=x)
 
 
 def test_encoder_gives_rows_of_a_fit_their_own_bound_back_also_from_disk(tmp_path: Path) -> None:
