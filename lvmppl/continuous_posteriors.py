@@ -20,9 +20,10 @@ from torch import Tensor
 from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
 from lvmppl.density import Variable, time_axis
 from lvmppl.errors import InputError
-from lvmppl.exact.continuous import Block, Layout
-from lvmppl.exact.named import log_sum_exp
+from lvmppl.exact.layout import Block, Layout
+from lvmppl.exact.named import Named, log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
+from lvmppl.exact.scales import times
 from lvmppl.posterior_frames import categorical_of, probability_frame
 from lvmppl.posteriors import Mode
 
@@ -90,12 +91,17 @@ class ContinuousPosterior:
     @property
     def log_evidence(self) -> float:
         """log p(x; θ) summed over all data."""
-        return float(self._by_row.sum()) + self.constant
+        return float(self._scaled(self._by_row).sum()) + self.constant
 
     @property
     def log_evidence_per_datum(self) -> Tensor | None:
-        """log p(x⁽ⁿ⁾; θ) [N], or None where global sites couple the data."""
-        return self._by_row if self.layout.local else None
+        """log p(x⁽ⁿ⁾; θ) [N], a scale of the data plate applied; None where global sites couple the data."""
+        return self._scaled(self._by_row) if self.layout.local else None
+
+    def _scaled(self, by_row: Tensor) -> Tensor:
+        """Values [N] or [1] times the scale of their rows."""
+        plate = (self.data_plate or "",) if self.layout.local else ("",)
+        return times(Named(by_row, plate), self.layout.scale).tensor
 
     @property
     def log_evidence_error_per_datum(self) -> Tensor:
@@ -107,7 +113,7 @@ class ContinuousPosterior:
         weights = self._weights.log() + error
         for _ in self._lead:
             weights = log_sum_exp(weights, 0)
-        return weights.reshape(-1) if self._lead else error.reshape(-1)
+        return self._scaled(weights.reshape(-1) if self._lead else error.reshape(-1))
 
     @property
     def log_evidence_error(self) -> float:

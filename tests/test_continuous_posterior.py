@@ -197,16 +197,6 @@ def test_global_latent_couples_the_data(x: Tensor) -> None:
     assert len(frame) == 1 + N
 
 
-def test_scale_beside_a_continuous_site_is_refused(x: Tensor) -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)), pyro.poutine.scale(scale=2.0):
-            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).to(x), 1.0))
-            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
-
-    with pytest.raises(IntractableError, match="scale"):
-        lvmppl.posterior(model, {"x": x[:, 0]})
-
-
 def high_dimensional(x: Tensor) -> None:
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(torch.zeros(5).to(x), 1.0).to_event(1))

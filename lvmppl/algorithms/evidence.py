@@ -17,7 +17,7 @@ from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named, align, log_sum_exp
-from lvmppl.exact.scales import scale_of
+from lvmppl.exact.scales import scale_of, times
 from lvmppl.posteriors import DeferredPosterior, Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
@@ -69,7 +69,8 @@ def _integrated(problem: Problem, data: Values, values: Values, rows: Rows) -> T
     table = posterior.kernel.log_evidence
     for _ in posterior.layout.discrete:
         table = log_sum_exp(table, 0)
-    total = table.sum()
+    lead = (problem.data_plate or "",) if posterior.layout.local else ("",)
+    total = times(Named(table.reshape(-1), lead), posterior.layout.scale).tensor.sum()
     if any(problem.data_plate not in s.plates for s in problem.model.structure.sites.values()):
         evaluation = problem.model.evaluate(data, values, rows)
         total = total + constant_part(problem.model, evaluation, posterior.layout)

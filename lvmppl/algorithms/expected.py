@@ -23,6 +23,7 @@ from lvmppl.exact.continuous import held_at
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named, align
+from lvmppl.exact.scales import scale_of, times
 from lvmppl.exponential import TRANSITION, read_factor
 
 
@@ -75,11 +76,12 @@ def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
     """Weights of points summed to the axes of each factor, plates that a factor does not vary along multiplied out."""
     result = {}
     for factor in evaluation.factors:
-        own = [i for i, d in enumerate(weights.dims) if d not in factor.dims]
-        kept = tuple(d for d in weights.dims if d in factor.dims)
+        scaled = times(weights, scale_of(factor))
+        own = [i for i, d in enumerate(scaled.dims) if d not in factor.dims]
+        kept = tuple(d for d in scaled.dims if d in factor.dims)
         outside = [d for d in weights.dims if d in evaluation.plate_sizes and d not in factor.plates]
-        summed = Named(weights.tensor.sum(own) if own else weights.tensor, kept)
-        repeats = [p for p in factor.plates if p not in factor.dims and p not in weights.dims]
+        summed = Named(scaled.tensor.sum(own) if own else scaled.tensor, kept)
+        repeats = [p for p in factor.plates if p not in factor.dims and p not in scaled.dims]
         number: float = math.prod(evaluation.plate_sizes[p] for p in repeats)
         number /= math.prod(evaluation.plate_sizes[p] for p in outside)
         result[factor.site] = number * align(summed, factor.dims).expand(factor.log_prob.shape)

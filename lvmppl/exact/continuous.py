@@ -11,153 +11,22 @@ Shapes: S points, C = (C₁, …) enumerated sites, N data, d dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.distributions import CatTransform, Transform, biject_to, constraints, identity_transform
 
-from lvmppl.density import POINTS, Evaluation, Factor, HeldJoint, Joint, Rows, SiteInfo, Values
+from lvmppl.density import POINTS, Evaluation, Factor, HeldJoint, Joint, Values
 from lvmppl.errors import IntractableError, ModelError
+from lvmppl.exact.layout import Block, Layout, is_constant, is_prior
 from lvmppl.exact.named import Named, align
+from lvmppl.exact.scales import ratio, relative_to, scale_of, times
 from lvmppl.exact.summed import entries_at_a_point, log_joint_at, pieces_of
 
-MAX_CONFIGURATIONS = 4096
 MAX_DENSE = 400  # dimensions of a dense Gaussian row
 QUADRATURE_DIMS = 3
 _MAX_SINGLE = 10_000  # points of a model that takes one at a time, some milliseconds each
-
-
-@dataclass(frozen=True)
-class Block:
-    """One continuous site's place in the stacked vector."""
-
-    name: str
-    begin: int
-    size: int
-    inner: tuple[str, ...]  # plates, besides the data plate of a row per datum, whose elements are stacked
-    event_shape: tuple[int, ...]
-
-    @property
-    def columns(self) -> range:
-        return range(self.begin, self.begin + self.size)
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How continuous sites make up z [*rows, d], and which enumerated sites index its configurations.
-
-    discrete: in the order of the leading axes of rows. local: a row per datum. summed: enumerated sites that are summed
-    out at every point instead, since they lie in plates that couple through the continuous ones.
-    """
-
-    blocks: tuple[Block, ...]
-    dim: int
-    discrete: tuple[str, ...]
-    discrete_sizes: tuple[int, ...]
-    local: bool
-    plate_sizes: Mapping[str, int]
-    transform: Transform | None
-    summed: tuple[str, ...] = ()
-
-    def rows(self, data_plate: str | None) -> tuple[int, ...]:
-        tail = (self.plate_sizes[data_plate],) if self.local and data_plate is not None else ()
-        return (*self.discrete_sizes, *tail) or (1,)
-
-
-def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
-    """Stack the continuous sites.
-
-    evaluation: one pass of the model, from which sizes of plates and enumerated sites are read.
-
-    Raises:
-        IntractableError: discrete sites that are not enumerated, or plates that couple rows in a way that is not handled.
-    """
-    structure = joint.structure
-    plate = structure.data_plate
-    latents = [s for s in structure.sites.values() if s.kind == "latent"]
-    unmarked = [s for s in latents if s.finite]
-    if unmarked:
-        raise _intractable(
-            unmarked,
-            "discrete sites that are not marked for enumeration in parallel",
-            f"write infer={{'enumerate': 'parallel'}} in pyro.sample('{unmarked[0].name}', …)",
-        )
-    stuck = [s for s in latents if s.discrete]
-    if stuck:
-        raise _intractable(
-            stuck,
-            "discrete sites whose states cannot be listed",
-            "truncate an unbounded one to a Categorical, declare entries by pyro.plate instead of .to_event, or use svi",
-        )
-    masses = [s for s in latents if s.family == "Delta"]
-    if masses:
-        raise _intractable(
-            masses,
-            "a point mass, which has no density to integrate",
-            "make it a pyro.param or pyro.deterministic",
-        )
-    for factor in evaluation.factors:
-        if isinstance(factor.scale, Tensor) or factor.scale != 1.0:
-            raise _intractable(
-                latents,
-                f"site '{factor.site}' carries a scale, which acts after they are integrated",
-                "leave it out",
-            )
-    enumerated = [structure.sites[n] for n in structure.enumerated]
-    local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
-    home = {plate} if local else set()
-    chains = [structure.sites[n] for n in structure.enumerated if evaluation.variables[n].steps is not None]
-    if chains and local:
-        raise _intractable(
-            [*latents, *chains],
-            "a discrete chain beside continuous sites of its datum, whose every sequence would be a configuration",
-            "use svi with a guide over both",
-        )
-    summed = tuple(structure.enumerated) if chains or any(set(s.plates) - home for s in enumerated) else ()
-    blocks, begin, transforms, lengths = [], 0, [], []
-    for site in latents:
-        inner = tuple(p for p in site.plates if p not in home)
-        size = math.prod(evaluation.plate_sizes[p] for p in inner) * math.prod(site.event_shape)
-        blocks.append(Block(site.name, begin, size, inner, site.event_shape))
-        transforms.append(_transform(site))
-        lengths.append(size)
-        begin += size
-    plain = all(t is identity_transform for t in transforms)
-    whole = (
-        None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
-    )
-    names = () if summed else tuple(reversed(structure.enumerated))  # later sites are enumerated further left
-    sizes = tuple(evaluation.variables[n].size for n in names)
-    if math.prod(sizes) > MAX_CONFIGURATIONS:
-        raise _intractable(
-            enumerated,
-            f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})",
-            "use vem or svi",
-        )
-    return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole, summed)
-
-
-def _transform(site: SiteInfo) -> Transform:
-    """ℝ → support, elementwise."""
-    support = site.support
-    while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
-        support = support.base_constraint
-    if support is constraints.real or support is constraints.real_vector:
-        return identity_transform
-    transform: Transform = biject_to(support)
-    if transform.domain.event_dim or transform.codomain.event_dim:
-        raise _intractable([site], f"a support ({support}) whose coordinates are tied", "use vem or svi")
-    return transform
-
-
-def _intractable(sites: list[SiteInfo], what: str, fix: str) -> IntractableError:
-    listing = ", ".join(f"{s.name} ({s.family})" for s in sites)
-    return IntractableError(
-        "exact posterior", "latent sites that can be summed or integrated", f"{listing}: {what}", fix
-    )
 
 
 def held_at(joint: Joint, layout: Layout, z: Tensor) -> HeldJoint:
@@ -218,7 +87,9 @@ class LogJointOfModel:
         assert self.layout.local and self.plate is not None
         part = {k: v[index] for k, v in self.data.items()}
         sizes = {**self.layout.plate_sizes, self.plate: len(index)}
-        layout = replace(self.layout, plate_sizes=sizes)
+        scale = self.layout.scale
+        scale = Named(scale.tensor[index], scale.dims) if scale.dims else scale
+        layout = replace(self.layout, plate_sizes=sizes, scale=scale)
         return LogJointOfModel(self.joint, part, self.values, layout, self._manner)
 
     def evaluation(self, z: Tensor) -> Evaluation:
@@ -323,7 +194,10 @@ class LogJointOfModel:
 
     def _summed(self, z: Tensor) -> Tensor:
         evaluation = self.evaluation(z)
-        factors = [f for f in evaluation.factors if not is_constant(f, self.joint, self.layout)]
+        factors = relative_to(
+            self.layout.scale,
+            (f for f in evaluation.factors if not is_constant(f, self.joint, self.layout)),
+        )
         return log_joint_at(evaluation, factors, len(z))
 
     @cached_property
@@ -335,7 +209,7 @@ class LogJointOfModel:
 
     def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
         """A factor's log-probabilities over `dims`, its other plates multiplied out."""
-        named = Named(factor.log_prob, factor.dims)
+        named = times(Named(factor.log_prob, factor.dims), ratio(scale_of(factor), self.layout.scale))
         out = [i for i, d in enumerate(named.dims) if d not in dims]
         tensor = named.tensor.sum(out) if out else named.tensor
         for plate in factor.plates:
@@ -344,29 +218,13 @@ class LogJointOfModel:
         return align(Named(tensor, tuple(d for d in named.dims if d in dims)), dims)
 
 
-def is_constant(factor: Factor, joint: Joint, layout: Layout) -> bool:
-    """Whether a factor belongs to no row: a prior of parameters, or outside of the data plate while every latent site is
-    within."""
-    return _is_prior(factor, joint) or (layout.local and joint.structure.data_plate not in factor.plates)
-
-
-def _is_prior(factor: Factor, joint: Joint) -> bool:
-    return (
-        joint.structure.sites[factor.site].kind == "parameter"
-        if factor.site in joint.structure.sites
-        else False
-    )
-
-
 def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tensor:
     """Σ of the log-factors that belong to no row, priors of parameters aside: a scalar."""
     like = evaluation.factors[0].log_prob
     total = torch.zeros((), dtype=like.dtype, device=like.device)
     for factor in evaluation.factors:
-        if is_constant(factor, joint, layout) and not _is_prior(factor, joint):
-            repeats = math.prod(layout.plate_sizes[p] for p in factor.plates if p not in factor.dims)
-            total = total + repeats * factor.log_prob.sum()
+        if is_constant(factor, joint, layout) and not is_prior(factor, joint):
+            named = times(Named(factor.log_prob, factor.dims), scale_of(factor))
+            repeats = math.prod(layout.plate_sizes[p] for p in factor.plates if p not in named.dims)
+            total = total + repeats * named.tensor.sum()
     return total
-
-
-__all__ = ["Block", "Layout", "LogJointOfModel", "Rows", "constant_part", "held_at", "layout_of"]

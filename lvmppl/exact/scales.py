@@ -6,6 +6,7 @@ Within one plate a scale is common to all factors that meet; a plate inside may 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,9 +30,7 @@ def common_scale(scales: Iterable[Named], sites: Iterable[str]) -> Named:
     """
     first, *others = scales
     for other in others:
-        if other.tensor is first.tensor:
-            continue
-        if other.dims != first.dims or not torch.equal(other.tensor, first.tensor):
+        if not same_scale(other, first):
             raise ModelError(
                 f"factors that meet in {', '.join(sorted(set(sites)))}",
                 "one common scale (poutine.scale multiplies after an enumerated site is summed out)",
@@ -39,6 +38,11 @@ def common_scale(scales: Iterable[Named], sites: Iterable[str]) -> Named:
                 "put poutine.scale around the enumerated site and everything that depends on it",
             )
     return first
+
+
+def same_scale(one: Named, other: Named) -> bool:
+    """Whether two scales are equal along the same axes."""
+    return one.tensor is other.tensor or (one.dims == other.dims and torch.equal(one.tensor, other.tensor))
 
 
 def is_one(scale: Named) -> bool:
@@ -67,11 +71,19 @@ def ratio(inner: Named, outer: Named) -> Named:
     """The scale that a plate carries beyond that of a plate around it; 1 where both are 0."""
     if is_one(outer):
         return inner
-    if inner.dims == outer.dims and torch.equal(inner.tensor, outer.tensor):
+    if same_scale(inner, outer):
         return UNIT
     dims = union((inner.dims, outer.dims))
     own, around = align(inner, dims), align(outer, dims)
     return Named(torch.where(around == 0, 1.0, own / torch.where(around == 0, 1.0, around)), dims)
+
+
+def relative_to(scale: Named, factors: Iterable[Factor]) -> list[Factor]:
+    """The factors with the scales that they carry beyond `scale`."""
+    if is_one(scale):
+        return list(factors)
+    parts = ((f, ratio(scale_of(f), scale)) for f in factors)
+    return [replace(f, scale=own.tensor, scale_dims=own.dims) for f, own in parts]
 
 
 UNIT = Named(torch.ones(()), ())

@@ -29,10 +29,13 @@ def log_joint_at(evaluation: Evaluation, factors: Sequence[Factor], points: int)
     return _total(evaluation, factors, points)
 
 
-def _total(evaluation: Evaluation, factors: Sequence[Factor], points: int) -> Tensor:
+def _total(
+    evaluation: Evaluation, factors: Sequence[Factor], points: int, straight_through: bool = False
+) -> Tensor:
     own = [replace(f, plates=f.plates | {POINTS}) for f in factors]
     variables = {n: replace(v, plates=(*v.plates, POINTS)) for n, v in evaluation.variables.items()}
-    done = eliminate(own, variables, {**evaluation.plate_sizes, POINTS: points}, POINTS)
+    sizes = {**evaluation.plate_sizes, POINTS: points}
+    done = eliminate(own, variables, sizes, POINTS, straight_through=straight_through)
     if done.per_datum is None:  # no factor depends on the points
         return done.constant.expand(points)
     return done.per_datum.expand(points)
@@ -57,9 +60,13 @@ def summed_probabilities(evaluate: Evaluate, z: Tensor, weights: Tensor, entries
             evaluation = evaluate(part)
         own = weights[begin : begin + len(part)]
         begin += len(part)
-        zeros = {n: _zero(v, evaluation.plate_sizes, own) for n, v in evaluation.variables.items()}
+        scales = {f.site: (f.scale, f.scale_dims) for f in evaluation.factors}
+        zeros = {
+            n: replace(_zero(v, evaluation.plate_sizes, own), scale=scales[n][0], scale_dims=scales[n][1])
+            for n, v in evaluation.variables.items()
+        }
         with torch.enable_grad():
-            total = _total(evaluation, (*evaluation.factors, *zeros.values()), len(part))
+            total = _total(evaluation, (*evaluation.factors, *zeros.values()), len(part), True)
             seen = torch.where(own > 0, total, torch.zeros_like(total))
             grads = torch.autograd.grad((own * seen).sum(), [f.log_prob for f in zeros.values()])
         for name, grad in zip(zeros, grads, strict=True):
