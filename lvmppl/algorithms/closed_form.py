@@ -11,7 +11,8 @@ What the equations do not settle: an entry without weight (an emptied component)
 a floor of ε^(2/3) times the variance of the data (ε the precision of the dtype: 4 · 10⁻¹¹ in float64), a covariance in
 every direction at ε^(1/2) times it (1.5 · 10⁻⁸: solving with a matrix loses as many digits as its condition number
 has), since the likelihood has no maximum beyond; a solution outside the bounds of its constraint goes to the bound.
-Each of these is the maximum under its restriction, so the log evidence still never falls.
+Each of these is the maximum under its restriction, which is the same at every step, so the log evidence still never
+falls.
 
 Shapes: R restarts lead every tensor (1 without); P entries of the parameters of a lookup.
 """
@@ -20,14 +21,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 
+from lvmppl.algorithms.maxima import FLOOR, SOLVE, Sums, raised_to_floor, within
 from lvmppl.algorithms.probing import Lookup
-from lvmppl.algorithms.spellings import Spelling, bounds, plain
 from lvmppl.algorithms.statistics import PACKED, RESTART, Statistics, unpacked
 from lvmppl.density import ParameterSpec, Values
 from lvmppl.exact.named import Named, align
@@ -60,6 +60,24 @@ class ClosedSite:
         own = _matrix_floor if self.kind == "mvn" else _floor
         return own(self.variance, self.reference)
 
+    @functools.cached_property
+    def floors(self) -> Mapping[str, Tensor]:
+        """The floor at the entries of the fields of spreads [1, *index.shape]: of those that share an entry the largest.
+
+        A number of the data alone: were it to move with the weights, θ could leave the set over which Q is maximised.
+        """
+        if self.reference is None:
+            return {}
+        core = (ROW,) if self.kind == "mvn" else ()
+        found = {}
+        for key in ("precision", "covariance"):
+            if key not in self.lookups:
+                continue
+            full = self.full(self.floor, 1, core)
+            both = (ROW, COLUMN) if core else ()
+            found[key] = _to_field(self, key, torch.diag_embed(full) if core else full, both, largest=True)
+        return found
+
     def full(self, named: Named, restarts: int, core: Sequence[str] = ()) -> Tensor:
         """A statistic or field at all axes: [R, *keep, *core]."""
         dims = (RESTART, *self.keep, *core)
@@ -77,18 +95,6 @@ class ClosedSite:
 
 
 Closed = tuple[ClosedSite, ...]
-
-
-@dataclass
-class Sums:
-    """What adds up for one parameter, in the coordinates of its spelling: [R, P]."""
-
-    kind: str
-    spelling: Spelling
-    parts: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, key: str, part: Tensor) -> None:
-        self.parts[key] = self.parts[key] + part if key in self.parts else part
 
 
 Priors = Mapping[str, Mapping[str, Tensor]]
@@ -134,10 +140,32 @@ def solve(
         for name, total in sums.items():
             for key, part in (priors or {}).get(name, {}).items():
                 total.add(key, part.reshape(1, -1))
-            solved, at_floor = _SOLVE[total.kind](total, result[name])
-            result[name] = _within(solved, specs[name].constraint)
+            solved, at_floor = SOLVE[total.kind](total, result[name])
+            result[name] = within(solved, specs[name].constraint)
             if at_floor is not None:
                 held[name] = at_floor
+    return Solution(result, held)
+
+
+def start_above_floors(
+    sites: Closed, specs: Mapping[str, ParameterSpec], names: Collection[str], values: Values
+) -> Solution:
+    """θ with every spread among `names` at or above its floor: the set in which each M-step then stays.
+
+    values: [R, *shape].
+    """
+    sums: dict[str, Sums] = {}
+    for site in sites:
+        for key, floor in site.floors.items():
+            lookup = site.lookups[key]
+            for name, own in _scatter(lookup, floor, values, largest=True).items():
+                if name in names:
+                    assert lookup.spelling is not None
+                    sums.setdefault(name, Sums(key, lookup.spelling)).add(FLOOR, own)
+    result, held = dict(values), {}
+    for name, total in sums.items():
+        raised, held[name] = raised_to_floor(total, values[name])
+        result[name] = within(raised, specs[name].constraint)
     return Solution(result, held)
 
 
@@ -156,14 +184,17 @@ def _gather(
         if kind not in stage or names.isdisjoint(lookup.names):
             continue
         for part, tensor in _PARTS[kind](site, values, statistics, restarts).items():
-            for name, own in _scatter(lookup, tensor, values).items():
+            for name, own in _scatter(lookup, tensor, values, largest=part == FLOOR).items():
                 if name in names:
                     assert lookup.spelling is not None
                     sums.setdefault(name, Sums(kind, lookup.spelling)).add(part, own)
 
 
-def _scatter(lookup: Lookup, tensor: Tensor, values: Values) -> dict[str, Tensor]:
-    """Statistics at the entries of a field [R, *index.shape] → added up at the entries of its parameters [R, P]."""
+def _scatter(lookup: Lookup, tensor: Tensor, values: Values, largest: bool = False) -> dict[str, Tensor]:
+    """Statistics at the entries of a field [R, *index.shape] → added up at the entries of its parameters [R, P].
+
+    largest: the largest of each entry instead of their sum, 0 of an entry that is not looked up.
+    """
     sizes = [values[n][0].numel() for n in lookup.names]
     flat = tensor.reshape(len(tensor), -1)
     if lookup.direct:
@@ -171,17 +202,25 @@ def _scatter(lookup: Lookup, tensor: Tensor, values: Values) -> dict[str, Tensor
     else:
         index = lookup.index.flatten()
         used = torch.nonzero(index >= 0).flatten()
-        total = flat.new_zeros(len(flat), sum(sizes)).index_add_(1, index[used], flat[:, used])
+        total, at = flat.new_zeros(len(flat), sum(sizes)), index[used]
+        if largest:
+            total.scatter_reduce_(1, at.expand(len(flat), -1), flat[:, used], "amax")
+        else:
+            total.index_add_(1, at, flat[:, used])
     return dict(zip(lookup.names, total.split(sizes, 1), strict=True))
 
 
-def _to_field(site: ClosedSite, key: str, full: Tensor, core: Sequence[str] = ()) -> Tensor:
-    """[R, *keep, *core] summed to the axes of one field, in its order."""
+def _to_field(
+    site: ClosedSite, key: str, full: Tensor, core: Sequence[str] = (), largest: bool = False
+) -> Tensor:
+    """[R, *keep, *core] summed (or the largest taken) to the axes of one field, in its order."""
     dims = (RESTART, *site.keep, *core)
     lookup = site.lookups[key]
     axes = [i for i, d in enumerate(dims) if d != RESTART and d not in lookup.dims]
     kept = tuple(d for d in dims if d == RESTART or d in lookup.dims)
-    return align(Named(full.sum(axes) if axes else full, kept), (RESTART, *lookup.dims))
+    if axes:
+        full = full.amax(axes) if largest else full.sum(axes)
+    return align(Named(full, kept), (RESTART, *lookup.dims))
 
 
 def _counts(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
@@ -217,9 +256,8 @@ def _precision(site: ClosedSite, values: Values, s: Statistics, restarts: int) -
         shift = site.full(site.field("loc", values), restarts) - site.full(site.reference, restarts)
         spread = spread - shift * (2 * site.full(s["first"], restarts) - n * shift)
     weight = _to_field(site, "precision", n)
-    # A floor shared by several entries is their mean, by weight; sums of n and n · floor keep it linear.
-    held = _to_field(site, "precision", n * site.full(site.floor, restarts))
-    return {"a": weight / 2, "b": _to_field(site, "precision", spread.clamp_min(0)) / 2, "floor": held}
+    squares = _to_field(site, "precision", spread.clamp_min(0))
+    return {"a": weight / 2, "b": squares / 2, FLOOR: site.floors["precision"]}
 
 
 def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: int) -> dict[str, Tensor]:
@@ -234,10 +272,10 @@ def _scatter_matrix(site: ClosedSite, values: Values, s: Statistics, restarts: i
         )
         cross = site.full(s["first"], restarts, core).unsqueeze(-1) * shift.unsqueeze(-2)
         matrix = matrix - cross - cross.mT + n * shift.unsqueeze(-1) * shift.unsqueeze(-2)
-    floor = torch.diag_embed(site.full(site.floor, restarts, core))
     both = (ROW, COLUMN)
-    parts = {"n": n.expand_as(matrix), "scatter": matrix, "floor": n * floor}
-    return {k: _to_field(site, "covariance", v, both) for k, v in parts.items()}
+    parts = {"n": n.expand_as(matrix), "scatter": matrix}
+    own = {k: _to_field(site, "covariance", v, both) for k, v in parts.items()}
+    return {**own, FLOOR: site.floors["covariance"]}
 
 
 def _floor(variance: Named, mean: Named) -> Named:
@@ -265,90 +303,3 @@ _PARTS = {
     "precision": _precision,
     "covariance": _scatter_matrix,
 }
-
-
-def _solve_simplex(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    counts = sums.parts["counts"].reshape(old.shape).clamp_min(0)
-    total = counts.sum(-1, keepdim=True)
-    solved = torch.where(total > 0, counts / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
-    return sums.spelling.invert(solved, old), None
-
-
-def _solve_beta(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
-    total = a + b
-    solved = torch.where(total > 0, a / torch.where(total > 0, total, 1.0), sums.spelling.apply(old))
-    return sums.spelling.invert(solved, old), None
-
-
-def _solve_gamma(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    a, b = (sums.parts[k].reshape(old.shape).clamp_min(0) for k in "ab")
-    now = sums.spelling.apply(old)
-    held = None
-    if "floor" in sums.parts:
-        least = (
-            sums.parts["floor"].reshape(old.shape) / 2
-        )  # a · floor: b ≥ this holds the variance b/a at the floor
-        held = ((b < least) & (a > 0)).reshape(len(b), -1).any(1)
-        b = torch.maximum(b, least)
-    solved = torch.where((a > 0) | (b > 0), a / torch.where(b > 0, b, torch.finfo(b.dtype).tiny), now)
-    inverted = sums.spelling.invert(solved, old)
-    return torch.where((a > 0) | (b > 0), inverted, old), held
-
-
-def _solve_location(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    moment, weight = (sums.parts[k].reshape(old.shape) for k in ("moment", "weight"))
-    step = torch.where(weight > 0, moment / torch.where(weight > 0, weight, 1.0), 0.0)
-    if sums.spelling.name == "location":
-        return old + step, None
-    return sums.spelling.invert(sums.spelling.apply(old) + step, old), None
-
-
-def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
-    n, scatter, floor = (sums.parts[k].reshape(old.shape) for k in ("n", "scatter", "floor"))
-    filled = n.diagonal(dim1=-2, dim2=-1).amin(-1)[..., None, None] > 0
-    n = torch.where(filled, n, 1.0)
-    eye = torch.eye(old.shape[-1], dtype=old.dtype)
-    covariance = torch.where(filled, (scatter + scatter.mT) / 2 / n, eye)
-    least = torch.where(filled, (floor / n).diagonal(dim1=-2, dim2=-1).diag_embed(), eye / 2)
-    info = torch.linalg.cholesky_ex(covariance - least)[1]
-    held = (info != 0).reshape(len(info), -1).any(1)
-    if bool(held.any()):
-        covariance = _raised(covariance, least)
-    solved = sums.spelling.invert(covariance, old)
-    return torch.where(filled, solved, old), held
-
-
-def _raised(covariance: Tensor, least: Tensor) -> Tensor:
-    """The covariance with every direction raised to the floor: the maximum of the likelihood under Σ ⪰ floor."""
-    scale = least.diagonal(dim1=-2, dim2=-1).sqrt()
-    outer = scale.unsqueeze(-1) * scale.unsqueeze(-2)
-    values, vectors = torch.linalg.eigh(covariance / outer)
-    raised: Tensor = (vectors * values.clamp_min(1.0).unsqueeze(-2)) @ vectors.mT * outer
-    return (raised + raised.mT) / 2
-
-
-_SOLVE = {
-    "simplex": _solve_simplex,
-    "beta": _solve_beta,
-    "gamma": _solve_gamma,
-    "loc": _solve_location,
-    "precision": _solve_gamma,
-    "covariance": _solve_covariance,
-}
-
-
-def _within(value: Tensor, constraint: Constraint) -> Tensor:
-    """The parameter within the bounds of an elementwise constraint, strictly where these are open."""
-    constraint = plain(constraint)
-    if constraint.event_dim:
-        return value
-    low, high = bounds(constraint)
-    if low > -torch.inf or high < torch.inf:
-        value = value.clamp(low, high)
-        if low > -torch.inf and not bool(constraint.check(torch.tensor(low, dtype=value.dtype)).all()):
-            edge = torch.nextafter(
-                torch.tensor(low, dtype=value.dtype), torch.tensor(torch.inf, dtype=value.dtype)
-            )
-            value = torch.where(value <= low, edge if low else torch.finfo(value.dtype).tiny, value)
-    return value

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
 from lvmppl.algorithms.batched_step import BatchedStep
-from lvmppl.algorithms.closed_form import Solution
+from lvmppl.algorithms.closed_form import Solution, start_above_floors
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
@@ -25,18 +25,16 @@ from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.remarks import remarks
+from lvmppl.algorithms.rounding import RELATIVE, rounding
 from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
 from lvmppl.algorithms.tabulated import Imprecise, Tabulated
 from lvmppl.algorithms.tabulation import tabulate
 from lvmppl.algorithms.uncertainty import with_standard_errors
-from lvmppl.density import unvalidated
+from lvmppl.density import Values, unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
-
-# Relative fall of the log evidence that rounding may cause.
-ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def infer(problem: Problem, options: EMOptions) -> Fit:
@@ -97,17 +95,18 @@ class _Run:
     def _restart(self, number: int) -> Trajectory:
         trajectory = Trajectory(number, self.problem.objective_kind)
         values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
+        values = self._above_floors(trajectory, values)
         stopping = Stopping(self.options.tolerance)
         for step in range(self.options.max_steps + 1):
             self._check_tables(step, values)
             objective, weights, statistics = self._e_step(values)
-            while self._falls(trajectory, objective) and not self._still_holds(trajectory.values):
+            while self._falls(trajectory, objective, values) and not self._still_holds(trajectory.values):
                 objective, weights, statistics = self._e_step(trajectory.values)
                 values = self._m_step(trajectory, trajectory.values, weights, statistics)
                 objective, weights, statistics = self._e_step(values)
             trajectory.record(step, objective)
             self.problem.progress.update(step, objective)
-            if self._falls(trajectory, objective):
+            if self._falls(trajectory, objective, values):
                 return self._diverged(trajectory, values, objective)
             if objective > trajectory.objective or not trajectory.values:
                 trajectory.objective, trajectory.values = objective, detached(values)
@@ -124,6 +123,13 @@ class _Run:
                     objective, weights, statistics = self._e_step(values)
                 values = self._m_step(trajectory, values, weights, statistics)
         return trajectory
+
+    def _above_floors(self, trajectory: Trajectory, values: Values) -> dict[str, Tensor]:
+        """The start within the set over which M-steps maximise: a spread below its floor is raised to it."""
+        plan, led = self.plan, {n: v.unsqueeze(0) for n, v in values.items()}
+        solution = start_above_floors(plan.sites, self.problem.model.specs, plan.closed, led)
+        _note_floor(trajectory, solution.floored())
+        return _picked(solution.values, 0)
 
     def _m_step(
         self,
@@ -145,20 +151,22 @@ class _Run:
         _note_floor(trajectory, floored)
         return new
 
-    def _falls(self, trajectory: Trajectory, objective: float) -> bool:
-        """Whether the log evidence is lower than it was, by more than rounding (or not a number)."""
-        if not trajectory.values:
+    def _falls(
+        self, trajectory: Trajectory, objective: float, values: Values, best: Values | None = None
+    ) -> bool:
+        """Whether the log evidence is lower than at the best θ so far, by more than rounding (or not a number).
+
+        best: that θ, where the trajectory does not hold it itself.
+        """
+        before = trajectory.objective
+        if not trajectory.values or not math.isfinite(objective):
             return not math.isfinite(objective)
-        if trajectory.objective <= objective < math.inf:
+        slack = self.slack + RELATIVE.get(working_dtype(self.problem), 1e-5) * abs(before)
+        if objective >= before - slack:
             return False
-        before, dtype = trajectory.objective, working_dtype(self.problem)
-        # A sum over rows may pass through 0, where what is lost is relative to its terms; a matrix at its floor ε^(1/2)
-        # loses half of the digits of each.
-        rows = self.problem.num_rows
-        slack = ROUNDING.get(dtype, 1e-5) * max(abs(before), rows)
-        if trajectory.message:
-            slack = max(slack, torch.finfo(dtype).eps ** 0.5 * rows)
-        return not (math.isfinite(objective) and objective >= before - slack - self.slack)
+        for at in (best or trajectory.values, values):
+            slack += rounding(self.problem, self.plan, self.tables, at)
+        return not objective >= before - slack
 
     def _diverged(self, trajectory: Trajectory, values: Mapping[str, Tensor], objective: float) -> Trajectory:
         if not trajectory.values:
@@ -169,16 +177,17 @@ class _Run:
         moved = ", ".join(self._lowering(trajectory, values)) or "no parameter"
         trajectory.status = "diverged"
         trajectory.message = (
-            f"{self.problem.objective_name} went from {trajectory.objective:.6f} to {objective:.6f} at step {step}, "
-            f"which updated {moved}"
+            f"{self.problem.objective_name} went from {trajectory.objective:.6f} to {objective:.6f} "
+            f"({objective - trajectory.objective:.1e}) at step {step}, which updated {moved}"
         )
         return trajectory
 
     def _lowering(self, trajectory: Trajectory, values: Mapping[str, Tensor]) -> tuple[str, ...]:
         """The updated parameters that lower the log evidence by their own update alone; all where no single one does."""
         updated = self.plan.closed + self.plan.by_gradient
-        alone = {n: self._e_step({**trajectory.values, n: values[n]})[0] for n in updated}
-        return tuple(n for n, objective in alone.items() if self._falls(trajectory, objective)) or updated
+        alone = {n: {**trajectory.values, n: values[n]} for n in updated}
+        found = (n for n, own in alone.items() if self._falls(trajectory, self._e_step(own)[0], own))
+        return tuple(found) or updated
 
     def _check_tables(self, step: int, values: Mapping[str, Tensor]) -> None:
         """That the model still computes what the tables hold: at every step that is a power of 2 (a run of the model
@@ -221,6 +230,11 @@ class _Batch:
         values: Mapping[str, Tensor] = start_together(
             self.problem, options.init, options.restarts, self.run_one.plan, self.tables
         )
+        plan = self.run_one.plan
+        raised = start_above_floors(plan.sites, self.problem.model.specs, plan.closed, values)
+        values = raised.values
+        for restart, trajectory in enumerate(self.done):
+            _note_floor(trajectory, raised.floored(restart))
         for step in range(options.max_steps + 1):
             self.run_one._check_tables(step, _picked(values, 0))
             advanced = self.step(values, len(self.active))
@@ -240,7 +254,7 @@ class _Batch:
         for position, restart in enumerate(self.active):
             trajectory, objective = self.done[restart], objectives[position]
             trajectory.record(step, objective)
-            if self.run_one._falls(trajectory, objective):
+            if self._falls(trajectory, objective, values, position):
                 self._leave(restart)
                 if trajectory.values and not self.run_one._still_holds(trajectory.values):
                     raise _NotTheModel
@@ -255,6 +269,16 @@ class _Batch:
                 continue
             keep.append(position)
         return keep
+
+    def _falls(
+        self, trajectory: Trajectory, objective: float, values: Mapping[str, Tensor], position: int
+    ) -> bool:
+        if (
+            trajectory.values and trajectory.objective <= objective < math.inf
+        ):  # as nearly always: nothing to look up
+            return False
+        best = _picked(*self.best[trajectory.restart])
+        return self.run_one._falls(trajectory, objective, _picked(values, position), best)
 
     def _leave(self, restart: int) -> None:
         """A restart is over: its best iterate, at which the model must still be what the tables say."""

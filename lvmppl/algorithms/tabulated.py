@@ -165,13 +165,24 @@ class Tabulated:
                 continue
             named, sharpness = natural_of(site, self.readings[site.name], self.inner[site.name], values)
             if sharpness is not None:
-                lost = (sharpness * self.farthest[site.name]).sum(-1).reshape(restarts, -1).amax(1)
-                own = ~(lost <= _PRECISE)
+                own = ~(self._lost(site, sharpness) <= _PRECISE)
                 coarse = own if coarse is None else coarse | own
             result[site.name] = named if restarts > 1 else unled(named)
         if coarse is not None and bool(coarse.any()):
             raise Imprecise(coarse)
         return result
+
+    def _lost(self, site: ClosedSite, sharpness: Tensor) -> Tensor:
+        return (sharpness * self.farthest[site.name]).sum(-1).reshape(len(sharpness), -1).amax(1)
+
+    def lost(self, values: Values) -> Tensor:
+        """The largest squared distance from the reference, in variances, of each restart [R]: ε of it is lost."""
+        result = torch.zeros(len(next(iter(values.values()))))
+        for site in (s for s in self.sites if self._is_designed(s)):
+            _, sharpness = natural_of(site, self.readings[site.name], self.inner[site.name], values)
+            if sharpness is not None:
+                result = torch.maximum(result.to(sharpness.dtype), self._lost(site, sharpness))
+        return result.clamp_max(_PRECISE)  # beyond that, squares are not expanded
 
     def _visit(
         self, values: Values, natural: Mapping[str, Named], piece: Piece, restarts: int
