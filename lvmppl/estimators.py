@@ -86,20 +86,37 @@ def valid_estimators(kind: str) -> tuple[str, ...]:
     return tuple(name for name, row in ESTIMATORS.items() if kind in row.serves)
 
 
-def check_estimator(name: str, kind: str, where: str) -> None:
-    """Raises InputError, which says why, when an estimator does not serve a kind of site."""
+def why_not(name: str, kind: str) -> str:
+    """Why an estimator does not serve a kind of site; empty where it does."""
     if kind in ESTIMATORS[name].serves:
-        return
+        return ""
     relaxed = name in ("gumbel_softmax", "straight_through")
     if name == "pathwise" and kind in _DISCRETE:
-        why = "the draw of a discrete state has no derivative in λ"
-    elif relaxed and kind == "chain":
-        why = "a chain has no relaxed sequence"
-    elif relaxed and kind not in _DISCRETE:
-        why = "only discrete states are relaxed"
-    else:
-        why = _REASONS[name, kind]
+        return "the draw of a discrete state has no derivative in λ"
+    if relaxed and kind == "chain":
+        return "a chain has no relaxed sequence"
+    if relaxed and kind not in _DISCRETE:
+        return "only discrete states are relaxed"
+    return _REASONS[name, kind]
+
+
+def check_estimator(name: str, kind: str, where: str) -> None:
+    """Raises InputError, which says why, when an estimator does not serve a kind of site."""
+    why = why_not(name, kind)
+    if not why:
+        return
     fix = f"use {', '.join(valid_estimators(kind))}"
-    if relaxed and kind == "finite":
+    if name in ("gumbel_softmax", "straight_through") and kind == "finite":
         fix += ", or draw a OneHotCategorical in the model"
     raise InputError(where, f"an estimator for {KINDS[kind]}", f"{name}: {why}", fix)
+
+
+def estimators_table() -> str:
+    """What goes with what, in Markdown: a row a kind of site, `yes` or why not under each estimator."""
+    lines = [
+        f"| site | {' | '.join(f'`{name}`' for name in ESTIMATORS)} |",
+        "|---" * (1 + len(ESTIMATORS)) + "|",
+    ]
+    for kind, text in KINDS.items():
+        lines.append(f"| {text} | {' | '.join(why_not(name, kind) or 'yes' for name in ESTIMATORS)} |")
+    return "\n".join(lines) + "\n"

@@ -74,13 +74,17 @@ class Head:
 
 @dataclass(frozen=True)
 class HeadKind:
-    """A row of the table of heads: which supports it serves and how the gradient of its λ comes about."""
+    """A row of the table of heads: which supports it serves and how the gradient of its λ comes about.
+
+    twice: whether torch differentiates its draw twice, as the gradient through a refined encoder's steps does.
+    """
 
     build: Callable[..., Head] | None  # None: the site is left out of q
     supports: frozenset[str]
     gradient: str
     text: str
     settings: tuple[str, ...] = field(default=())
+    twice: bool = True
 
 
 def support_kind(site: SiteInfo) -> str:
@@ -356,14 +360,16 @@ HEADS: dict[str, HeadKind] = {
         frozenset({"positive"}),
         "pathwise",
         "independent gammas",
+        twice=False,
     ),
     "beta": HeadKind(
         _elementwise(dist.Beta, concentration1=constraints.positive, concentration0=constraints.positive),
         frozenset({"unit_interval"}),
         "pathwise",
         "independent betas",
+        twice=False,
     ),
-    "dirichlet": HeadKind(_dirichlet, frozenset({"simplex"}), "pathwise", "a Dirichlet"),
+    "dirichlet": HeadKind(_dirichlet, frozenset({"simplex"}), "pathwise", "a Dirichlet", twice=False),
     "point": HeadKind(_point, _CONTINUOUS, "pathwise", "one value (MAP); its ELBO is log p(x, z), no bound"),
     "flow": HeadKind(
         _flow,

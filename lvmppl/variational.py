@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lvmppl.density import SiteInfo, Structure, describe
 from lvmppl.errors import InputError
 from lvmppl.estimators import valid_estimators
-from lvmppl.heads import HEADS, Head, Output, build_head, support_words
+from lvmppl.heads import DEFAULT_HEADS, HEADS, Head, Output, build_head, support_kind, support_words
 from lvmppl.sources import SOURCES, Encoder, SourceSettings
 
 Model = Callable[..., Any]
@@ -169,6 +169,8 @@ class Variational(nn.Module):
                 continue
             use, settings = named.get(name, (None, {}))
             head = build_head(site, use, settings)
+            if self.refine_steps and self.through and structure.data_plate in site.plates:
+                check_through(use or DEFAULT_HEADS[support_kind(site)], name)
             if head is not None:
                 plates = {p: (structure.plate_axes[p], structure.plates[p]) for p in site.plates}
                 latents[name] = _Latent(site, head, plates, structure.data_plate)
@@ -176,6 +178,14 @@ class Variational(nn.Module):
             found = ", ".join(
                 f"{s.name} ({s.family})" for s in structure.sites.values() if s.kind != "observed"
             )
+            left = [n for n in structure.latents if named.get(n, ("", {}))[0] == "summed"]
+            if left:
+                raise InputError(
+                    "guide",
+                    "a site with a λ",
+                    f"{', '.join(left)} alone, summed: left out of q, with nothing to fit",
+                    "give a site another head, or fit the exact evidence by em or enumeration",
+                )
             raise InputError("guide", "a latent site of the model that it serves", found or "no latent site")
         self._latents = latents
         for name, latent in latents.items():
@@ -210,6 +220,18 @@ def check_source(source: str, refine_steps: int, refine_rate: float) -> None:
         raise InputError("guide, steps", "an encoder whose λ is refined", "source table", fix)
     if refine_steps and not (refine_rate > 0 and math.isfinite(refine_rate)):
         raise InputError("guide, rate", "a positive number", str(refine_rate))
+
+
+def check_through(head: str, site: str) -> None:
+    """Raises InputError for a head whose draw torch does not differentiate twice."""
+    if not HEADS[head].twice:
+        others = ", ".join(n for n, h in HEADS.items() if h.twice and HEADS[head].supports <= h.supports)
+        raise InputError(
+            f"guide, head of site '{site}'",
+            "for through: true a draw with a second derivative",
+            f"{head}, whose draw torch differentiates once",
+            f"set through: false, or use {others}",
+        )
 
 
 def widths(hidden: Sequence[int]) -> tuple[int, ...]:
@@ -267,14 +289,15 @@ def triples() -> list[tuple[str, str, str]]:
 def triples_table() -> str:
     """The table of heads, sources and estimators in Markdown: a row a head."""
     valid = {(h, s) for h, s, _ in triples()}
-    lines = [f"| {' | '.join(['head', 'q', 'serves', 'estimators', *SOURCES])} |"]
-    lines.append("|" + "---|" * (4 + len(SOURCES)))
+    lines = [f"| {' | '.join(['head', 'q', 'serves', 'estimators', *SOURCES, 'refined'])} |"]
+    lines.append("|" + "---|" * (5 + len(SOURCES)))
     for head, kind in HEADS.items():
         estimators = []
         for name, supports in head_estimators(head).items():
             only = "" if supports == kind.supports else f" ({support_words(supports)})"
             estimators.append(f"{name}{only}")
         cells = ["yes" if (head, source) in valid else "no λ" for source in SOURCES]
+        cells.append("no λ" if kind.build is None else "yes" if kind.twice else "`through: false`")
         first = [f"`{head}`", kind.text, support_words(kind.supports), ", ".join(estimators) or "none: no λ"]
         lines.append(f"| {' | '.join([*first, *cells])} |")
     return "\n".join(lines) + "\n"

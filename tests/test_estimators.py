@@ -21,7 +21,6 @@ from lvmppl.algorithms.problem import Problem, build_problem
 from lvmppl.density import isolated
 from lvmppl.errors import InputError
 from lvmppl.guides.categorical import categorical
-from lvmppl.guides.variational import semi_amortized
 from lvmppl.options import SVIOptions
 
 F64 = torch.float64
@@ -599,12 +598,6 @@ def test_invalid_combination_is_refused_with_the_reason(
     model, guide, _ = SETTINGS[setting]
     with pytest.raises(InputError, match=re.escape(words)):
         lvmppl.fit(model, {"x": X}, algorithm="svi", guide=guide, max_steps=2, **options)
-
-
-def test_semi_amortized_guide_refuses_a_score_and_an_importance_weighted_bound() -> None:
-    for options in ({"estimator": "score_function"}, {"objective": "importance_weighted"}):
-        with pytest.raises(InputError, match="steps"):
-            lvmppl.fit(line, {"x": X}, algorithm="svi", guide=semi_amortized, max_steps=2, **options)
 
 
 def test_history_is_the_elbo_whatever_the_weights_and_names_its_bound() -> None:

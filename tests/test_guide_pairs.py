@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import lvmppl
+from lvmppl.algorithms.choices import choose, site_kind
+from lvmppl.algorithms.objective import Objective
+from lvmppl.algorithms.problem import Problem, build_problem
 from lvmppl.errors import InputError
-from lvmppl.estimators import ESTIMATORS
-from lvmppl.guides.variational import variational
-from lvmppl.heads import HEADS
+from lvmppl.estimators import ESTIMATORS, estimators_table, why_not
+from lvmppl.guides.variational import semi_amortized, variational
+from lvmppl.heads import DEFAULT_HEADS, HEADS
+from lvmppl.options import SVIOptions
 from lvmppl.runner import check
 from lvmppl.sources import SOURCES
 from lvmppl.variational import head_estimators, triples, triples_table
@@ -37,6 +43,7 @@ PRIORS = {
     "positive": lambda: dist.Gamma(2.0, torch.ones(5)).to_event(1),
     "unit_interval": lambda: dist.Beta(2.0, 3.0 * torch.ones(5)).to_event(1),
     "simplex": lambda: dist.Dirichlet(2.0 * torch.ones(5)),
+    "other": lambda: dist.Uniform(-1.0, 2.0).expand([5]).to_event(1),
 }
 
 def model(x, w, kind):
@@ -59,6 +66,7 @@ KINDS = {
     "categorical": "finite",
     "bernoulli": "binary",
 }
+X = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
 SMALL_FLOW = {"use": "flow", "flow": "maf", "transforms": 1, "context": 2, "flow_hidden": [4]}
 KINDS |= {"lognormal": "positive", "gamma": "positive", "beta": "unit_interval", "dirichlet": "simplex"}
 
@@ -128,16 +136,103 @@ def test_every_head_source_and_estimator_of_the_table_is_checked_and_fitted(
                 assert fit.elbo <= fit.log_evidence + 4 * (fit.elbo_error or 0.0) + 1e-9
 
 
-@pytest.mark.parametrize("head", [h for h in HEADS if h not in ("summed", "flow")])
-def test_every_estimator_that_is_not_in_the_table_is_refused_with_a_reason(head: str, tmp_path: Path) -> None:
-    valid = head_estimators(head)
-    for estimator in ESTIMATORS:
-        kind = KINDS.get(head, "real")
-        if estimator in valid and kind in valid[estimator]:
+def built(head: object, kind: str, source: str = "table", steps: int = 0, through: bool = True) -> Problem:
+    own: dict[str, Any] = {}
+    exec(MODEL, own)
+    data = {"x": X, "w": torch.arange(12).reshape(3, 4) % 6}
+
+    def guide(model: Any) -> Any:
+        if steps:
+            return semi_amortized(model, head, source, hidden=[2], steps=steps, rate=0.001, through=through)
+        return variational(model, head, source, hidden=[2])
+
+    return build_problem(
+        "fit", lambda x, w: own["model"](x, w, kind), data, guide=guide, guide_takes_model=True
+    )
+
+
+def needs_flow(head: str) -> Any:
+    if head == "flow":
+        pytest.importorskip("zuko")
+    return SMALL_FLOW if head == "flow" else head
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_estimator_outside_of_the_table_is_refused_with_its_reason(head: str) -> None:
+    """Every support of a head with every estimator: served as the table says, else refused for the reason it gives."""
+    spec, valid = needs_flow(head), head_estimators(head)
+    for kind in sorted(HEADS[head].supports):
+        if head == "summed":
+            with pytest.raises(
+                InputError, match="expected a site with a λ, got z alone, summed: left out of q"
+            ):
+                built(spec, kind)
             continue
-        experiment = write_experiment(tmp_path, head, kind, estimator)
-        with pytest.raises(InputError, match=f"estimator of site 'z': expected .* got {estimator}: .*; use "):
-            check(experiment)
+        problem = built(spec, kind)
+        assert problem.guided is not None and problem.guided.guide_structure is not None
+        site = site_kind(problem.guided.guide_structure.sites["z"])
+        for estimator in ESTIMATORS:
+            options = SVIOptions(estimator=estimator)
+            if kind in valid.get(estimator, ()):
+                assert [c.estimator for c in choose(problem, options)] == [estimator]
+                continue
+            why = re.escape(f"got {estimator}: {why_not(estimator, site)}; use ")
+            with pytest.raises(InputError, match=f"estimator of site 'z': expected .* {why}"):
+                choose(problem, options)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_support_that_a_head_does_not_serve_is_refused(head: str) -> None:
+    spec = needs_flow(head)
+    for kind in sorted(set(DEFAULT_HEADS) - HEADS[head].supports):
+        with pytest.raises(InputError, match=re.escape(f", got {head}, which is for ")):
+            built(spec, kind)
+
+
+@pytest.mark.parametrize("head", [h for h in HEADS if h != "summed"])
+def test_every_head_and_estimator_goes_with_a_refined_encoder(head: str) -> None:
+    spec = needs_flow(head)
+    for estimator, served in head_estimators(head).items():
+        usual = KINDS.get(head, "real")
+        kind = usual if usual in served else sorted(served)[0]
+        for through in (False, True):
+            if through and head in ("gamma", "beta", "dirichlet"):
+                with pytest.raises(InputError, match=f"got {head}, whose draw torch differentiates once"):
+                    built(spec, kind, "mlp", steps=2, through=through)
+                continue
+            problem = built(spec, kind, "mlp", steps=2, through=through)
+            objective = Objective(problem, SVIOptions(estimator=estimator))
+            leaves = {n: v.clone().requires_grad_() for n, v in problem.initial.items()}
+            surrogate = objective(leaves, None, 0).surrogate
+            every = torch.autograd.grad(surrogate, list(leaves.values()), allow_unused=True)
+            found = [g for g in every if g is not None]  # the masks of a flow have none
+            assert f"z: {estimator}" in objective.report()
+            assert all(bool(torch.isfinite(g).all()) for g in found)
+            assert any(bool((g != 0).any()) for g in found)
+
+
+def test_objectives_that_do_not_go_with_a_guide_or_an_estimator_are_refused() -> None:
+    weighted = {"use": "importance_weighted", "num_samples": 2}
+    refused = [
+        (built("point", "real"), {"objective": weighted}, "a point at z, which has none"),
+        *(
+            (built("categorical", "one_hot"), {"objective": weighted, "estimator": e}, "have none under q")
+            for e in ("gumbel_softmax", "straight_through")
+        ),
+        *(
+            (built("normal", "real"), {"objective": weighted, **bent}, "no weight on a KL")
+            for bent in ({"free_bits": 0.1}, {"kl_weight": 0.5})
+        ),
+    ]
+    for problem, options, words in refused:
+        with pytest.raises(InputError, match=words):
+            choose(problem, SVIOptions(**options))
+    with pytest.raises(InputError, match="an encoder whose λ is refined, got source table"):
+        built("normal", "real", "table", steps=2)
+
+
+def test_page_of_estimators_shows_the_table_of_the_code() -> None:
+    assert estimators_table() in (ROOT / "docs" / "estimators.md").read_text(encoding="utf-8")
 
 
 def test_page_shows_the_table_of_the_code() -> None:

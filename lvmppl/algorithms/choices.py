@@ -9,7 +9,7 @@ from lvmppl.algorithms.points import point_sites
 from lvmppl.algorithms.problem import Problem
 from lvmppl.density import SiteInfo
 from lvmppl.errors import InputError
-from lvmppl.estimators import ESTIMATORS, KINDS, check_estimator, default_estimator
+from lvmppl.estimators import ESTIMATORS, check_estimator, default_estimator
 from lvmppl.options import VariationalOptions
 from lvmppl.settings import Annealing, SiteEstimator, Temperature
 
@@ -55,8 +55,8 @@ def choose(problem: Problem, options: VariationalOptions) -> tuple[Choice, ...]:
     One estimator for the whole fit holds for the sites that it serves, the others keep their default.
 
     Raises:
-        InputError: an estimator that does not serve its site, no site at all, or does not go with the objective or the
-            guide's source; a site that the guide does not have; the message says why.
+        InputError: an estimator that does not serve its site, no site at all, or does not go with the objective; a
+            site that the guide does not have; the message says why.
     """
     assert problem.guided is not None and problem.guided.guide_structure is not None
     sites, where = problem.guided.guide_structure.sites, f"fit '{problem.name}': estimator"
@@ -104,13 +104,6 @@ def _choice(
             f"{use}, whose relaxed states have none under q",
             fix,
         )
-    if _refined(problem) and use not in ("enumeration", "pathwise"):
-        raise InputError(
-            where,
-            f"for a semi-amortized guide enumeration or pathwise ({KINDS[kind]})",
-            f"{use}: the guide's own steps need a gradient without a score",
-            "use an amortized guide without steps, or another family",
-        )
     if use != "score_function":
         return choice
     several = (options.num_samples or options.num_particles) > 1
@@ -123,11 +116,6 @@ def _choice(
             where, f"for leave_one_out at least 2 {many}", "1", f"raise {many}, or take running_mean"
         )
     return Choice(name, kind, use, baseline)
-
-
-def _refined(problem: Problem) -> bool:
-    assert problem.guided is not None and problem.guided.guide is not None
-    return bool(getattr(problem.guided.guide.function, "refine_steps", 0))
 
 
 def drawn_outside(problem: Problem, choices: tuple[Choice, ...]) -> tuple[str, ...]:
@@ -149,10 +137,6 @@ def _check_objective(problem: Problem, options: VariationalOptions) -> None:
     if held:
         raise InputError(
             where, "a guide with a density", f"a point at {', '.join(held)}, which has none", "use elbo"
-        )
-    if _refined(problem):
-        raise InputError(
-            where, "a guide without steps", "a semi-amortized guide, whose steps climb the ELBO", "use elbo"
         )
     assert problem.guided is not None and problem.guided.guide_structure is not None
     sites = problem.guided.guide_structure.sites.values()

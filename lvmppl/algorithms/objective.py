@@ -85,6 +85,10 @@ class Objective:
     def __call__(self, values: Values, indices: Tensor | None, step: int) -> Estimate:
         """The bound of a batch, scaled to all rows, and its surrogate (the bound alone where no gradient is wanted)."""
         data, rows = self.problem.rows(indices)
+        with self.joint.settled(data, values, rows):
+            return self._estimate(data, values, rows, step)
+
+    def _estimate(self, data: Values, values: Values, rows: Rows, step: int) -> Estimate:
         if not self.tried:
             self._try(data, values, rows)
         self.baselines.data = data

@@ -5,6 +5,10 @@
 in unconstrained coordinates. Every evaluation of model and guide happens at the last λ, so a bound reported for new rows
 is refined in the same way. θ and the encoder get the gradient of the ELBO at the last λ: through the steps, which
 differentiates them twice, or as if the sum of the steps were a constant added to λ_0.
+
+The steps' own gradient needs no score: their sums are exact and their draws reparameterised, and those draws are not the
+ones of the bound. Given λ_K the bound's draws are therefore fresh ones of q, and any estimator of its gradient, and any
+bound that is a function of q, goes with them.
 """
 
 from __future__ import annotations
@@ -23,22 +27,43 @@ from lvmppl.elbo import elbo
 class RefinedJoint(Joint):
     """A model and a guide with `refine_steps`: λ is refined before each evaluation."""
 
+    _settled: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def settled(self, data: Values, values: Values, rows: Rows) -> Iterator[None]:
+        """Within the block, which is about these rows and values, every evaluation is at one λ, refined once."""
+        self._settled = self._refined(data, values, rows)
+        try:
+            yield
+        finally:
+            self._settled = None
+
     def evaluate(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
     ) -> Evaluation:
         rows = rows or Rows(num_rows(data))
-        with self._refined(data, values, rows):
+        with self._holding(data, values, rows):
             return super().evaluate(data, values, rows, drawing)
 
     def evaluate_guide(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
     ) -> Evaluation:
         rows = rows or Rows(num_rows(data))
-        with self._refined(data, values, rows):
+        with self._holding(data, values, rows):
             return super().evaluate_guide(data, values, rows, drawing)
 
     @contextmanager
-    def _refined(self, data: Values, values: Values, rows: Rows) -> Iterator[None]:
+    def _holding(self, data: Values, values: Values, rows: Rows) -> Iterator[None]:
+        assert self.guide is not None
+        guide: Any = self.guide.function
+        local = self._refined(data, values, rows) if self._settled is None else self._settled
+        if not any(v.requires_grad for v in values.values()):  # λ is held where what it comes from is
+            local = {n: v.detach() for n, v in local.items()}
+        with guide.holding(local):
+            yield
+
+    def _refined(self, data: Values, values: Values, rows: Rows) -> dict[str, Tensor]:
+        """The unconstrained λ after the steps."""
         assert self.guide is not None
         guide: Any = self.guide.function
         through = bool(guide.through) and torch.is_grad_enabled()
@@ -54,5 +79,4 @@ class RefinedJoint(Joint):
                 moves = torch.autograd.grad(bound / rows.scale, list(at.values()), create_graph=through)
                 rate = guide.refine_rate
                 local = {n: v + rate * m for (n, v), m in zip(local.items(), moves, strict=True)}
-        with guide.holding(local):
-            yield
+        return local

@@ -127,6 +127,11 @@ class Joint:
             trace = _traced(self.model, data, values, self._enumeration())
         return build_views(trace, rows, self.structure, self.extra)
 
+    @contextmanager
+    def settled(self, data: Values, values: Values, rows: Rows) -> Iterator[None]:
+        """A block of evaluations at the same rows and values, for a joint that does something before them."""
+        yield
+
     def evaluate_guide(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
     ) -> Evaluation:
