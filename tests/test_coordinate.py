@@ -379,3 +379,25 @@ def test_kept_sweep_follows_a_moved_parameter(moved: str) -> None:
     log_x = dist.Normal(2.0 * a - 1.5 * b, 1.0).log_prob(x.reshape(-1, 1, 1))  # [N, a, b]
     expected = (values["prior"].log() + (values["shared"].unsqueeze(-1) * log_x).sum(1)).softmax(-1)
     torch.testing.assert_close(values["q"], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("coupled", [False, True], ids=["elements", "rows"])
+def test_entry_that_bends_beside_one_of_a_huge_gradient_has_no_closed_form(coupled: bool) -> None:
+    """log p of one entry is quadratic, with slopes of 10⁹; that of the other is not, with slopes of about 1."""
+    y = tensor(0.3, 1.1)
+
+    def model(x: Tensor) -> None:
+        if coupled:  # an event of two elements that meet, one row of two straight and the other bent
+            with pyro.plate("rows", 2):
+                w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            total = w.sum(-1)
+        else:
+            total = w = pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y0", dist.Normal(total[..., 0], 3e-5), obs=y[0])
+        pyro.sample("y1", dist.Normal(torch.tanh(total[..., 1]), 0.5), obs=y[1])
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(0.0, 1.0), obs=x)
+
+    head = "full" if coupled else "normal"
+    fit = lvmppl.fit(model, {"x": y}, "vem", guide=functools.partial(variational, head=head), max_steps=1)
+    assert fit.e_step[0].how == "gradient" and "not linear" in fit.e_step[0].why

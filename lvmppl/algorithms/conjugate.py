@@ -38,7 +38,8 @@ from torch.distributions import transforms
 Fields = Mapping[str, Tensor]
 """Parameters of q, [*batch, *event] (a covariance [*batch, D, D])."""
 
-CLOSE = 1e-6  # relative difference of a gradient to what linearity in t says of it
+CLOSE = 1e-6  # difference of a gradient to what linearity in t says of it, relative to its terms
+ROUNDING = 1000  # rounding errors of a gradient that is a sum over many data
 MAX_COUPLED = 128  # elements of an event whose Hessian is taken
 
 
@@ -267,8 +268,8 @@ class _Affine(NamedTuple):
     slope: Tensor
 
     def fits(self, points: Tensor, gradients: Tensor) -> bool:
-        y = self.family.weight(points) * gradients
-        return _close(y, self.intercept + self.slope * self.family.argument(points))
+        y, linear = self.family.weight(points) * gradients, self.slope * self.family.argument(points)
+        return _close(y, self.intercept + linear, self.intercept.abs() + linear.abs())
 
     def optimum(self, scale: Tensor) -> dict[str, Tensor]:
         """The parameters of q ∝ exp(F / scale)."""
@@ -286,7 +287,8 @@ class _Quadratic(NamedTuple):
     def fits(self, points: Tensor, gradients: Tensor) -> bool:
         flat = (points - self.origin).reshape([len(points), *self.member.batch, self.member.size])
         bent = (self.matrix @ flat.unsqueeze(-1)).reshape(points.shape)
-        return _close(gradients, self.gradient - bent)
+        size = (self.matrix.abs() @ flat.abs().unsqueeze(-1)).reshape(points.shape)
+        return _close(gradients, self.gradient - bent, self.gradient.abs() + size)
 
     def optimum(self, scale: Tensor) -> dict[str, Tensor]:
         own = self.member
@@ -304,9 +306,16 @@ class _Quadratic(NamedTuple):
 Natural = _Affine | _Quadratic
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    scale = torch.maximum(found.abs().amax(), expected.abs().amax())
-    return bool((found - expected).abs().amax() <= CLOSE * scale)
+def _close(found: Tensor, expected: Tensor, size: Tensor) -> bool:
+    """Whether the two agree in every entry, by the size of what adds up to it.
+
+    Not by the largest entry, beside which a small one could be anything; of that one only the last digits are allowed,
+    which a sum within the model (a prior against counts, say) may have lost before it came out small.
+    """
+    eps = torch.finfo(found.dtype).eps
+    size = torch.maximum(found.abs(), size)
+    allowed = max(CLOSE, ROUNDING * eps) * size + 8 * eps * size.amax()
+    return bool(((found - expected).abs() <= allowed).all())
 
 
 def is_proper(fields: Fields) -> bool:

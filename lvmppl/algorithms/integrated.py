@@ -72,11 +72,15 @@ class Design:
 
 
 class IntegratedJoint(Joint):
-    """`evaluate` with E_q of every factor over the continuous sites in the place of the factor at a draw."""
+    """`evaluate` with E_q of every factor over the continuous sites in the place of the factor at a draw.
 
-    def __init__(self, base: Joint, design: Design) -> None:
+    drawn: continuous sites outside of the design, each held at some value: their factors mean nothing, and what shares
+    no factor with them has its expectations all the same.
+    """
+
+    def __init__(self, base: Joint, design: Design, drawn: Values | None = None) -> None:
         super().__init__(base.model, base.structure, base.guide, base.guide_structure)
-        self.base, self.design = base, design
+        self.base, self.design, self.drawn = base, design, drawn or {}
 
     def evaluate(
         self, data: Values, values: Values, rows: Rows | None = None, drawing: Drawing | None = None
@@ -140,7 +144,7 @@ class IntegratedJoint(Joint):
         sites: Iterable[str] | None = None,
     ) -> Evaluation:
         """The model's log-factors with the continuous sites held at a point; of these sites alone, where some are named."""
-        joint = self.held(held)
+        joint = self.held({**self.drawn, **held})
         if sites is None:
             return joint.evaluate(data, values, rows)
         views, frame = joint.view(data, values, rows)
