@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lvmppl
 from lvmppl.exact.peaks import maximised
+from lvmppl.exact.quadrature import quadrature
 
 COUNTS = torch.tensor([0.0, 3.0, 7.0, 1.0, 12.0], dtype=torch.float64)
 
@@ -152,3 +153,35 @@ def test_maximum_of_smooth_functions_from_one_batch_equals_closed_form(dim: int)
         expected = expected + torch.linalg.solve(hessian, gradient.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(point[0], expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(value[0], function(expected.unsqueeze(0))[0], rtol=0, atol=1e-9)
+
+
+def log_rate(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(x.new_zeros(()), 1.0))
+        pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+
+@pytest.mark.parametrize(("model", "most"), [(gamma_poisson, 10), (beta_binomial, 11), (log_rate, 13)])
+def test_smooth_posterior_of_one_mode_takes_few_runs(model: Callable[..., None], most: int) -> None:
+    """Scans say where the mode is and how wide; nothing is climbed, and lattices are evaluated together."""
+    program, runs = counted(model)
+    post = lvmppl.posterior(program, {"x": COUNTS})
+    assert len(runs) <= most
+    assert post.log_evidence_error < 1e-5
+
+
+def test_mass_that_one_mode_leaves_to_the_chart_of_another_is_counted() -> None:
+    """A narrow term within a broad one, and a third apart: what is left to the chart of the third lies in the broad one's
+    flank, with a hole at the narrow one's place.
+    """
+    weights = torch.tensor([[0.46, 0.52], [0.08, 0.13], [0.46, 0.35]], dtype=torch.float64)
+    loc = torch.tensor([[0.2645, 0.2118], [4.7428, 0.6723], [0.0519, -3.0614]], dtype=torch.float64)
+    scale = torch.tensor([[0.4012, 0.3055], [0.0853, 2.2658], [0.0408, 0.0252]], dtype=torch.float64)
+
+    def log_joint(z: Tensor) -> Tensor:
+        normal = dist.Normal(loc[:, 0], scale[:, 0]).log_prob(z[:, 0])
+        student = dist.StudentT(3.0, loc[:, 1], scale[:, 1]).log_prob(z[:, 1])
+        return (torch.stack([normal, student], 1) + weights.log().T).logsumexp(-1)
+
+    found = quadrature(log_joint, 2, 1, wary=True)
+    assert (found.log_evidence - weights.sum(0).log()).abs().max() < 1e-8

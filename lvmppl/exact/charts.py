@@ -13,23 +13,27 @@ Shapes: ``N`` rows, ``M`` of them in a chart, ``K`` modes a row, ``S`` points, `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lvmppl.exact.evaluation import LogJoint, evaluate
+from lvmppl.exact.batches import Restrict, Search, evaluated, in_step
 from lvmppl.exact.modes import Modes, square_range
+from lvmppl.exact.scans import LINEAR
+from lvmppl.exact.single_modes import CORE
 
-# a: standard deviations up to which the map is linear, while a chart is sought; then 4 if all of the density
+# a, standard deviations up to which the map is linear, is LINEAR while a chart is sought; then 4 if all of the density
 # is within 12 standard deviations, 1 if it reaches beyond 100: a longer straight part suits light tails, a
 # shorter one heavy tails.
-LINEAR = 2.0
 LIGHT, HEAVY = (12.0, 4.0), (100.0, 1.0)
 LIMIT = 340.0  # |t/a| where the square of sinh is about to overflow
 POWER = 4.0  # β of the weights r_k ∝ (|z − c_k|² + s_k²)^−β
-CORE = 2.0  # a chart is centred and scaled by the part of its density this far below the maximum
+# Where mass is looked for around another mode: in units of its scale, and of its distance.
+STEPS = tuple(sign * 2.0**k for k in range(1, 7) for sign in (1.0, -1.0))
+SHARES = tuple(sign * s for s in (0.03, 0.06, 0.12, 0.25, 0.5, 0.75, 1.0, 2.0) for sign in (1.0, -1.0))
+WIDENED = 4  # times that a box is widened by what is found so
 # Offsets of successive lattices, in spacings, differ so that two of them do not err alike.
 OFFSETS = (0.6180339887498949, 0.7548776662466927, 0.8191725133961645)
 
@@ -94,6 +98,10 @@ class Chart:
         return Chart(self.k, *(v[index] for v in tensors))
 
 
+Ask = tuple[Chart, Tensor]
+"""A chart, and the points t ``[S, M, d]`` at which p·r_k is asked for."""
+
+
 @dataclass(frozen=True)
 class Density:
     """What is integrated: the log joint of any rows, and the weights of the modes.
@@ -101,19 +109,24 @@ class Density:
     A box ends where the integrand is ``drop`` nats below its maximum.
     """
 
-    restrict: Callable[[Tensor], LogJoint]
+    restrict: Restrict
     partition: Partition
     drop: float
     chunk: int
 
-    def values(self, chart: Chart, t: Tensor) -> Tensor:
-        """log (p·r_k) at ``t [S, M, d]`` of the chart: ``[S, M]``, −∞ where it is not a number."""
-        log_joint, partition = self.restrict(chart.rows), self.partition.of(chart.rows)
-        pieces = []
-        for part in torch.split(t, max(1, self.chunk // max(1, t.shape[1]))):
-            z = chart.place(part)
-            pieces.append(evaluate(log_joint, z, self.chunk) + partition.log_weight(chart.k, z))
-        return torch.cat(pieces).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    def values(self, asks: Sequence[Ask]) -> list[Tensor]:
+        """log (p·r_k) at the points ``t [S, M, d]`` of every chart that is asked of: ``[S, M]`` each, −∞ where it is not a
+        number.
+        """
+        points = [chart.place(t) for chart, t in asks]
+        requests = [(chart.rows, z) for (chart, _), z in zip(asks, points, strict=True)]
+        found = []
+        for (chart, _), z, value in zip(
+            asks, points, evaluated(self.restrict, requests, self.chunk), strict=True
+        ):
+            whole = value + self.partition.of(chart.rows).log_weight(chart.k, z)
+            found.append(whole.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        return found
 
 
 def applied(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -137,15 +150,40 @@ def partition_of(modes: Modes) -> Partition:
 
 def charts_of(density: Density, modes: Modes) -> list[Chart]:
     """A chart for every mode, centred, scaled and bracketed."""
-    charts = []
+    charts, settled = [], []
     for k, present in enumerate(modes.present):
         rows = present.nonzero().squeeze(-1)
         box = torch.full_like(modes.centre[k, rows], 5.0)
         linear = torch.full_like(box[:, :1], LINEAR)
-        chart = Chart(k, rows, modes.centre[k, rows], modes.scale[k, rows], linear, -box, box)
-        chart = _with_islands(density, modes, _bracketed(density, _centred(density, chart)))
-        charts.append(_tailored(chart))
-    return charts
+        known = modes.box.known[rows] & (k == 0)
+        low = torch.where(known.unsqueeze(-1), modes.box.low[rows], -box)
+        high = torch.where(known.unsqueeze(-1), modes.box.high[rows], box)
+        charts.append(Chart(k, rows, modes.centre[k, rows], modes.scale[k, rows], linear, low, high))
+        settled.append(known)
+    searches = [
+        _fitted(density, modes, c, (~s).nonzero().squeeze(-1)) for c, s in zip(charts, settled, strict=True)
+    ]
+    return in_step(searches, density.values)
+
+
+def _fitted(density: Density, modes: Modes, chart: Chart, todo: Tensor) -> Search[Ask, Chart]:
+    """The chart centred, scaled and bracketed in its rows ``todo [M]``, then tailored.
+
+    A face that lies where another mode leaves nothing to this chart hides what is left beyond: the box is widened to what
+    is seen around the other modes, and bracketed anew.
+    """
+    if len(todo):
+        chart = yield from _centred(chart, todo)
+        chart = yield from _bracketed(density.drop, chart, todo)
+        for _ in range(WIDENED):
+            wider = yield from _with_islands(density.drop, modes, chart)
+            grown = ((wider.low < chart.low) | (wider.high > chart.high)).any(-1).nonzero().squeeze(-1)
+            chart = wider
+            if len(grown) == 0:
+                break
+            again = yield from _bracketed(density.drop, chart, grown)
+            chart = replace(again, low=again.low.minimum(chart.low), high=again.high.maximum(chart.high))
+    return _tailored(chart)
 
 
 def lattice_points(chart: Chart, n: int, level: int) -> Tensor:
@@ -156,18 +194,17 @@ def lattice_points(chart: Chart, n: int, level: int) -> Tensor:
     return chart.low + (index + offset).unsqueeze(1) * ((chart.high - chart.low) / n)
 
 
-def _centred(density: Density, chart: Chart) -> Chart:
+def _centred(chart: Chart, todo: Tensor) -> Search[Ask, Chart]:
     """Move and scale the chart to the mean and covariance of the core of p·r_k (curvature misleads at kinks
     and flat tops).
     """
     dim = chart.centre.shape[-1]
     n = (33, 13, 11)[dim - 1]
-    todo = torch.arange(len(chart.rows), device=chart.rows.device)
     for _ in range(8):
         part = chart.of(todo)
         part = replace(part, low=torch.full_like(part.low, -5.0), high=torch.full_like(part.high, 5.0))
         t = lattice_points(part, n, 0)
-        values = density.values(part, t)
+        values = yield part, t
         core = values > values.amax(0) - CORE
         weight = (values + part.log_jacobian(t)).masked_fill(~core, -torch.inf).softmax(0).nan_to_num(0.0)
         u = part.linear * (t / part.linear).sinh()
@@ -187,15 +224,14 @@ def _centred(density: Density, chart: Chart) -> Chart:
     return chart
 
 
-def _bracketed(density: Density, chart: Chart) -> Chart:
-    """Widen the box until the integrand has fallen by ``density.drop`` at every face, or ``LIMIT`` is
+def _bracketed(drop: float, chart: Chart, todo: Tensor) -> Search[Ask, Chart]:
+    """Widen the box until the integrand has fallen by ``drop`` at every face, or ``LIMIT`` is
     reached.
     """
     dim = chart.centre.shape[-1]
     n = (32, 12, 9)[dim - 1]
     near = torch.tensor([-1.0, 0.0, 1.0] if dim == 3 else [-3.0, -1.0, 0.0, 1.0, 3.0]).to(chart.low)
     index = torch.cartesian_prod(*[torch.arange(n + len(near))] * dim).view(-1, dim).to(chart.rows.device)
-    todo = torch.arange(len(chart.rows), device=chart.rows.device)
     low, high, reach = chart.low.clone(), chart.high.clone(), LIMIT * LINEAR
     for _ in range(24):
         part = chart.of(todo)
@@ -204,13 +240,13 @@ def _bracketed(density: Density, chart: Chart) -> Chart:
             [low[todo] + even * (high - low)[todo], near.view(-1, 1, 1).expand(-1, *part.low.shape)]
         )
         t = torch.stack([ticks[index[:, i], :, i] for i in range(dim)], -1)
-        values = density.values(part, t) + part.log_jacobian(t)
+        values = (yield part, t) + part.log_jacobian(t)
         grid = (values - values.amax(0)).view(*[n + len(near)] * dim, -1)
         spacing = ((high - low) / (n - 1))[todo]
         open_ = torch.zeros_like(todo, dtype=torch.bool)
         for axis in range(dim):
             others = tuple(i for i in range(dim) if i != axis)
-            matters = (grid.amax(others) if others else grid) > -density.drop
+            matters = (grid.amax(others) if others else grid) > -drop
             tick = ticks[..., axis]
             first = torch.where(matters, tick, torch.inf).amin(0)
             last = torch.where(matters, tick, -torch.inf).amax(0)
@@ -229,22 +265,45 @@ def _bracketed(density: Density, chart: Chart) -> Chart:
     return replace(chart, low=low, high=high)
 
 
-def _with_islands(density: Density, modes: Modes, chart: Chart) -> Chart:
+def _with_islands(drop: float, modes: Modes, chart: Chart) -> Search[Ask, Chart]:
     """Widen the box to hold what the other modes leave to this chart, which a search from its own mode may
     overlook.
     """
-    dim, rows, low, high = chart.low.shape[-1], chart.rows, chart.low, chart.high
-    steps = torch.cat([torch.zeros(1, dim), 2.0 * torch.eye(dim), -2.0 * torch.eye(dim)]).to(low).unsqueeze(1)
-    own = density.values(chart, torch.zeros_like(chart.low).unsqueeze(0))[0] + chart.scale.det().abs().log()
-    for j, present in enumerate(modes.present):
-        if j == chart.k or not present[rows].any():
-            continue
-        t = chart.find(modes.centre[j, rows] + applied(modes.scale[j, rows], steps))
-        mass = density.values(chart, t) + modes.scale[j, rows].det().abs().log()
-        matters = ((mass > own - density.drop) & present[rows]).unsqueeze(-1)
+    rows, low, high = chart.rows, chart.low, chart.high
+    others = [j for j, present in enumerate(modes.present) if j != chart.k and present[rows].any()]
+    if not others:
+        return chart
+    around = [_around(modes.centre[j, rows], modes.scale[j, rows], chart.centre) for j in others]
+    points = torch.cat([chart.centre.unsqueeze(0), *(z for z, _ in around)])
+    own, *values = (yield chart, chart.find(points)).split([1, *(len(z) for z, _ in around)])
+    least = own[0] + chart.scale.det().abs().log() - drop
+    for j, (z, log_volume), value in zip(others, around, values, strict=True):
+        matters = ((value + log_volume > least) & modes.present[j, rows]).unsqueeze(-1)
+        t = chart.find(z)
         low = torch.minimum(low, torch.where(matters, t - 0.5, torch.inf).amin(0))
         high = torch.maximum(high, torch.where(matters, t + 0.5, -torch.inf).amax(0))
     return replace(chart, low=low, high=high)
+
+
+def _around(centre: Tensor, scale: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Points ``[S, M, d]`` at all distances around a mode at ``centre [M, d]``, in units of its scale and of its distance
+    from ``own [M, d]``, and the log volumes ``[S, M]`` that each stands for.
+    """
+    dim = centre.shape[-1]
+    axes = scale.movedim(-1, 0)  # [d, M, d]
+    distance = (centre - own).norm(dim=-1, keepdim=True)
+    units = axes / axes.norm(dim=-1, keepdim=True)
+    steps = torch.cat(
+        [
+            torch.zeros_like(centre).unsqueeze(0),
+            *(s * axes for s in STEPS),
+            *(s * distance * units for s in SHARES),
+            *(s * (centre - own).unsqueeze(0) for s in SHARES if s != -1.0),
+        ]
+    )
+    white = torch.linalg.solve(scale, steps.movedim(0, -1)).movedim(-1, 0)
+    log_volume = scale.det().abs().log() + dim * white.norm(dim=-1).clamp(min=1.0).log()
+    return centre + steps, log_volume
 
 
 def _tailored(chart: Chart) -> Chart:

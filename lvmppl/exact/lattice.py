@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lvmppl.exact.charts import LIMIT, Chart, Density, lattice_points
+from lvmppl.exact.batches import Search
+from lvmppl.exact.charts import LIMIT, Ask, Chart, Density, lattice_points
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,11 @@ class Lattice:
         return lattice_points(self.used, self.n, self.level)
 
 
-def integrate(density: Density, chart: Chart, n: int, level: int) -> Lattice:
-    """One trapezoidal rule with nᵈ nodes (n a multiple of 6) over the chart's box."""
+def integrate(density: Density, chart: Chart, n: int, level: int) -> Search[Ask, Lattice]:
+    """One trapezoidal rule with nᵈ nodes (n a multiple of 6) over the chart's box; asks for values once."""
     dim = chart.low.shape[-1]
     t = lattice_points(chart, n, level)
-    values = density.values(chart, t) + chart.log_jacobian(t)
+    values = (yield chart, t) + chart.log_jacobian(t)
     spacing = (chart.high - chart.low) / n
     log_volume = spacing.log().sum(-1)
     total = values.logsumexp(0)

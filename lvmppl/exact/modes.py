@@ -8,14 +8,24 @@ nats.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lvmppl.exact.batches import Restrict
 from lvmppl.exact.evaluation import LogJoint, evaluate, value_and_gradient
-from lvmppl.exact.scans import DENSE, DENSE_PIECE, NEGLIGIBLE, PEAKS, SCAN, SCANNED, is_concave, scan_peaks
+from lvmppl.exact.scans import (
+    NEGLIGIBLE,
+    PEAKS,
+    SCAN,
+    dense_peaks,
+    is_concave,
+    scan_midpoints,
+    scan_peaks,
+    scan_points,
+)
+from lvmppl.exact.single_modes import Box, single_modes
 
 MAX_MODES = {1: 24, 2: 12, 3: 8}
 
@@ -28,17 +38,14 @@ def square_range(dtype: torch.dtype) -> tuple[float, float]:
     return torch.finfo(dtype).tiny ** 0.5, torch.finfo(dtype).max ** 0.5 / 8
 
 
-# The log joint of some of the rows, given their indices [M].
-Restrict = Callable[[Tensor], LogJoint]
-
-
 @dataclass(frozen=True)
 class Modes:
     """``centre [K, N, d]`` and ``scale [K, N, d, d]`` (z = centre + scale·u has unit curvature in u),
     ``present [K, N]``.
 
     ``missed [N]``: rows with more modes than are kept. ``concave [N]``: rows whose log density lay above its chords
-    wherever it was looked at, and one mode was found. Mode 0 is always present and the highest.
+    wherever it was looked at, and one mode was found. Mode 0 is always present and the highest. ``box``: of rows with one
+    mode whose centre and scale are those of the core of the density already, where that mode is enclosed.
     """
 
     centre: Tensor
@@ -46,6 +53,7 @@ class Modes:
     present: Tensor
     missed: Tensor
     concave: Tensor
+    box: Box
 
 
 def find_modes(
@@ -55,13 +63,54 @@ def find_modes(
     starts: Tensor | None,
     like: Tensor,
     chunk: int,
+    drop: float,
     wary: bool = False,
 ) -> Modes:
-    """The modes of every row, once each, the highest first, climbed to from the peaks of scans and from ``starts [S, N,
-    d]``.
+    """The modes of every row, once each, the highest first.
+
+    Where scans show that there is one, they show where as well (``lvmppl.exact.single_modes``); of other rows modes are
+    climbed to. ``starts [S, N, d]`` are looked at too. ``like`` gives dtype and device, ``drop`` is of ``single_modes``,
+    ``wary`` of ``_climbed``.
+    """
+    single = single_modes(restrict, num_rows, dim, starts, like, chunk, drop, wary)
+    centre, scale = single.centre.unsqueeze(0), single.scale.unsqueeze(0)
+    present = torch.ones_like(centre[..., 0], dtype=torch.bool)
+    missed, concave = torch.zeros_like(present[0]), single.concave & single.found
+    box = replace(single.box, known=single.box.known & single.found)
+    several = (~single.found).nonzero().squeeze(-1)
+    if len(several) == 0:
+        return Modes(centre, scale, present, missed, concave, box)
+    found = _several_modes(
+        lambda index: restrict(several[index]),
+        len(several),
+        dim,
+        None if starts is None else starts[:, several],
+        like,
+        chunk,
+        wary,
+    )
+    more = len(found.present) - 1
+    centre, scale = centre.repeat(1 + more, 1, 1), scale.repeat(1 + more, 1, 1, 1)
+    present = torch.cat([present, torch.zeros_like(present).expand(more, -1)])
+    centre[:, several], scale[:, several] = found.centre, found.scale
+    present[:, several] = found.present
+    missed[several], concave[several] = found.missed, found.concave
+    return Modes(centre, scale, present, missed, concave, box)
+
+
+def _several_modes(
+    restrict: Restrict,
+    num_rows: int,
+    dim: int,
+    starts: Tensor | None,
+    like: Tensor,
+    chunk: int,
+    wary: bool,
+) -> Modes:
+    """The modes of rows that may have several, climbed to from the peaks of scans and from ``starts``.
 
     A candidate is dropped if the density does not dip on the way to a mode already kept, or if both scales see the two as
-    overlapping, as one lattice then resolves them together. ``like`` gives dtype and device, ``wary`` is of `_climbed`.
+    overlapping, as one lattice then resolves them together.
     """
     everything, most = torch.arange(num_rows, device=like.device), MAX_MODES[dim]
     points, values, missed, concave = _climbed(restrict, everything, dim, starts, like, chunk, wary)
@@ -103,17 +152,20 @@ def _climbed(
     """
     whole = restrict(rows)
     origin, unit = like.new_zeros(len(rows), dim), torch.eye(dim).to(like).expand(len(rows), dim, dim)
-    first, missed = scan_peaks(whole, origin, unit, chunk, *SCAN[dim])
+    z = scan_points(origin, unit, *SCAN[dim])
+    peaks = scan_peaks(z, evaluate(whole, z, chunk), SCAN[dim][0])
     extra = torch.cat([torch.zeros(1, dim), 3.0 * torch.eye(dim), -3.0 * torch.eye(dim)]).to(like)
-    first = torch.cat([first, extra.unsqueeze(1).expand(-1, len(rows), -1)])
+    first = torch.cat([peaks.points, extra.unsqueeze(1).expand(-1, len(rows), -1)])
     points, values = ascend(whole, first if starts is None else torch.cat([first, starts]), chunk)
     value, which = values.max(0)
     best = points[which, rows]
     width = local_scale(whole, best, value, chunk)
-    second, more_missed = scan_peaks(whole, best, width, chunk, *SCAN[dim])
-    climbs = [(points, values), ascend(whole, second, chunk)]
-    missed = missed | more_missed
-    concave = is_concave(whole, best, width, chunk)
+    z = scan_points(best, width, *SCAN[dim])
+    around, middles = evaluate(whole, torch.cat([z, scan_midpoints(z)]), chunk).split([len(z), 3 * len(z)])
+    second = scan_peaks(z, around, SCAN[dim][0])
+    climbs = [(points, values), ascend(whole, second.points, chunk)]
+    missed = peaks.missed | second.missed
+    concave = is_concave(around, middles)
     doubtful = rows if wary else (~concave).nonzero().squeeze(-1)
     if len(doubtful):
         *climb, cut = _climbed_densely(restrict, doubtful, best, width, chunk)
@@ -129,18 +181,14 @@ def _climbed_densely(
     ``doubtful``: ``[P, N, d]``, the values ``[P, N]`` (−∞ in other rows), and rows with more peaks ``[N]``.
     """
     dim = best.shape[-1]
-    most, reach = DENSE[dim]
-    count = max(SCAN[dim][0], min(most, int((SCANNED // len(doubtful)) ** (1.0 / dim)) | 1))
     points = best.expand(2 * PEAKS[dim], *best.shape).clone()
     values = torch.full_like(points[..., 0], -torch.inf)
     missed = torch.zeros(len(best), dtype=torch.bool, device=best.device)
-    for some in torch.split(doubtful, max(1, DENSE_PIECE // count**dim)):
-        density, unit = restrict(some), torch.eye(dim).to(best).expand_as(width[some])
-        here, cut = scan_peaks(density, torch.zeros_like(best[some]), unit, chunk, count, reach)
-        there, also = scan_peaks(density, best[some], width[some], chunk, count, reach)
-        points[:, some], values[:, some] = ascend(density, torch.cat([here, there]), chunk)
+    for some, scans in dense_peaks(restrict, doubtful, best, width, chunk):
+        starts = torch.cat([peaks.points for peaks in scans])
+        points[:, some], values[:, some] = ascend(restrict(some), starts, chunk)
         # On a ridge in several dimensions there are ever more peaks as the grid gets denser, and no more modes.
-        missed[some] = (cut | also) & (dim == 1)
+        missed[some] = torch.stack([peaks.missed for peaks in scans]).any(0) & (dim == 1)
     return points, values, missed
 
 
@@ -291,10 +339,8 @@ def _unexplained(
     some = (left > -torch.inf).any(-1)
     if not some.any():
         return left
-    lowest = torch.full_like(left[some], torch.inf)
-    for fraction in BETWEEN:
-        between = evaluate(log_density, centre + fraction * difference[some], chunk)
-        lowest = torch.minimum(lowest, between)
+    ways = torch.cat([centre + fraction * difference[some] for fraction in BETWEEN])
+    lowest = evaluate(log_density, ways, chunk).view(len(BETWEEN), -1, left.shape[-1]).amin(0)
     left[some] = torch.where(lowest >= torch.minimum(left[some], value) - 0.01, -torch.inf, left[some])
     return left
 
@@ -306,5 +352,10 @@ def _packed(found: list[tuple[Tensor, Tensor, Tensor, Tensor]], missed: Tensor, 
     order = torch.argsort((~present).int(), dim=0, stable=True)[:count]
     rows = torch.arange(present.shape[1], device=present.device)
     return Modes(
-        centre[order, rows], scale[order, rows], present[order, rows], missed, concave & (present.sum(0) == 1)
+        centre[order, rows],
+        scale[order, rows],
+        present[order, rows],
+        missed,
+        concave & (present.sum(0) == 1),
+        Box.unknown(centre[0]),
     )

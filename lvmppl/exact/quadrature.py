@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from lvmppl.errors import InputError
+from lvmppl.exact.batches import Restrict
 from lvmppl.exact.charts import Density, charts_of, partition_of
 from lvmppl.exact.evaluation import CHUNK, LogJoint, Rows, row_shape, with_gradient
-from lvmppl.exact.modes import Restrict, find_modes
+from lvmppl.exact.modes import find_modes
 from lvmppl.exact.quadrature_posterior import QuadraturePosterior, unconstrained
 from lvmppl.exact.refinement import MAX_NODES, Cells, joined_cells, kept_cells, refined
 
@@ -148,9 +149,10 @@ class _Block:
         ``like`` gives dtype and device.
         """
         size = len(self.index)
-        modes = find_modes(self.log_joint, size, dim, self.starts, like, self.chunk, self.wary)
+        drop = 10.0 - math.log(self.tolerance)
+        modes = find_modes(self.log_joint, size, dim, self.starts, like, self.chunk, drop, self.wary)
         partition = partition_of(modes)
-        density = Density(self.log_joint, partition, 10.0 - math.log(self.tolerance), self.chunk)
+        density = Density(self.log_joint, partition, drop, self.chunk)
         charts = charts_of(density, modes)
         progress = refined(density, charts, size, self.tolerance, self.max_nodes)
         log_evidence = progress.log_integral.logsumexp(0)

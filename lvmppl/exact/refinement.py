@@ -11,12 +11,15 @@ nats.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
+from lvmppl.exact.batches import in_step
 from lvmppl.exact.charts import Chart, Density, Partition
 from lvmppl.exact.lattice import Lattice, integrate
 
@@ -24,6 +27,8 @@ from lvmppl.exact.lattice import Lattice, integrate
 # compared.
 LADDER = (12, 18, 24, 30, 36, *(6 * round(7 * 1.25**i) for i in range(32)))
 MAX_NODES = {1: 1 << 15, 2: 1 << 20, 3: 1 << 21}
+# Spacing of the first lattice, in standard deviations of a Gaussian: the next one then tells of it that it is exact.
+FIRST = {1: 0.25, 2: 0.45, 3: 0.45}
 # Nodes times rows worked on at once.
 POINTS = 1 << 18
 # Factor on disagreements that may be small by accident.
@@ -111,13 +116,16 @@ def refined(
     for k, chart in enumerate(charts):
         active[k, chart.rows] = True
         progress.error[k, chart.rows] = torch.inf
-        steps = (chart.high - chart.low).amax(-1, keepdim=True) / 0.7  # spacings to begin with
+        steps = (chart.high - chart.low).amax(-1, keepdim=True) / FIRST[dim]
         level = (torch.tensor(LADDER[:-1]).to(steps) < steps).sum(-1)
         progress.level[k, chart.rows] = level.clamp(max=max(0, top - 1))
     floor = max(0.9 * tolerance, 64.0 * torch.finfo(like.dtype).eps)
+    first = True
     while active.any():
-        for k in range(len(charts)):
-            charts[k] = _step(density, charts[k], active[k], progress)
+        # One lattice says little of its error: the first two are evaluated together.
+        begin = [progress.level, (progress.level + 1).clamp(max=top)] if first and top else [progress.level]
+        charts[:] = _step(density, charts, active, begin, progress)
+        progress.level, first = begin[-1], False
         matters = progress.shares()
         active = (
             active & (matters.sum(0) > floor) & (matters > 0.5 * floor / len(charts)) & (progress.level < top)
@@ -136,20 +144,43 @@ def _next_level(progress: Progress, tolerance: float, top: int) -> Tensor:
     return torch.maximum(progress.level + 1, torch.minimum(wanted, progress.level + 3)).clamp(max=top)
 
 
-def _step(density: Density, chart: Chart, active: Tensor, progress: Progress) -> Chart:
-    """One more lattice for the active rows of a chart; the chart with its boxes fitted anew."""
-    k, dim = chart.k, chart.low.shape[-1]
-    low, high = chart.low.clone(), chart.high.clone()
-    levels = progress.level[k, chart.rows].masked_fill(~active[chart.rows], -1)
-    for level in levels.unique().tolist():
-        if level < 0:
-            continue
-        n = LADDER[level]
-        for part in torch.split((levels == level).nonzero().squeeze(-1), max(1, POINTS // n**dim)):
-            lattice = integrate(density, chart.of(part), n, level)
+def _step(
+    density: Density, charts: list[Chart], active: Tensor, levels: list[Tensor], progress: Progress
+) -> list[Chart]:
+    """A lattice of each of the ``levels [K, N]`` for the active rows of every chart; the charts with their boxes fitted
+    anew.
+    """
+    low, high = [c.low.clone() for c in charts], [c.high.clone() for c in charts]
+    for group in _groups(charts, active, levels):
+        searches = [integrate(density, charts[k].of(part), LADDER[level], level) for k, level, part in group]
+        for (k, level, part), lattice in zip(group, in_step(searches, density.values), strict=True):
             _record(lattice, level, progress)
-            low[part], high[part] = lattice.chart.low, lattice.chart.high
-    return replace(chart, low=low, high=high)
+            low[k][part], high[k][part] = lattice.chart.low, lattice.chart.high
+    return [replace(c, low=low[c.k], high=high[c.k]) for c in charts]
+
+
+Part = tuple[int, int, Tensor]
+"""A chart, a level, and positions in the chart's rows."""
+
+
+def _groups(charts: list[Chart], active: Tensor, levels: list[Tensor]) -> Iterator[list[Part]]:
+    """The lattices that are wanted, a row's in order, as many at once as have ``POINTS`` nodes together."""
+    group: list[Part] = []
+    size = 0
+    for chart, level in itertools.product(charts, levels):
+        of_rows = level[chart.k, chart.rows].masked_fill(~active[chart.k, chart.rows], -1)
+        for wanted in of_rows.unique().tolist():
+            if wanted < 0:
+                continue
+            nodes = LADDER[wanted] ** chart.low.shape[-1]
+            for part in torch.split((of_rows == wanted).nonzero().squeeze(-1), max(1, POINTS // nodes)):
+                if group and size + nodes * len(part) > POINTS:
+                    yield group
+                    group, size = [], 0
+                group.append((chart.k, wanted, part))
+                size += nodes * len(part)
+    if group:
+        yield group
 
 
 def _record(lattice: Lattice, level: int, progress: Progress) -> None:
