@@ -92,7 +92,7 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
     elif evidence is not None:
         gap = evidence - fit.elbo_per_datum
     frame["gap"] = gap.double().numpy()
-    if isinstance(exact, ContinuousPosterior) and exact.layout.local and exact.kind != "exact":
+    if isinstance(exact, ContinuousPosterior) and evidence is not None and exact.kind != "exact":
         frame["log_evidence_error"] = exact.log_evidence_error_per_datum.double().numpy()
     if exact is None and fit.sampled is not None:
         table = agreement(fit)

@@ -20,10 +20,10 @@ from torch import Tensor
 from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
 from lvmppl.density import Variable, time_axis
 from lvmppl.errors import InputError
+from lvmppl.exact.evidences import scaled
 from lvmppl.exact.layout import Block, Layout
-from lvmppl.exact.named import Named, log_sum_exp
+from lvmppl.exact.named import log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
-from lvmppl.exact.scales import times
 from lvmppl.posterior_frames import categorical_of, probability_frame
 from lvmppl.posteriors import Mode
 
@@ -37,7 +37,8 @@ class ContinuousPosterior:
     error of the total: 0 for the Gaussian, ∞ for an estimate.
     summed: p(c | x) [*plates, (T,) K] of the enumerated sites that were summed out at every point; no question about them
     jointly with other sites is answered.
-    constant: what factors outside of the data plate add to the log evidence, where rows are data.
+    constant: what factors outside of the data plate add to the log evidence, where rows are data; by the states of the
+    sites that rows share.
     """
 
     kernel: Kernel
@@ -45,7 +46,7 @@ class ContinuousPosterior:
     variables: Mapping[str, Variable]
     data_plate: str | None
     engine: str
-    constant: float = 0.0
+    constant: Tensor
     proven: bool = True
     summed: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -91,7 +92,7 @@ class ContinuousPosterior:
     @property
     def log_evidence(self) -> float:
         """log p(x; θ) summed over all data."""
-        return float(self._scaled(self._by_row).sum()) + self.constant
+        return float(self._scaled(self._by_row).sum() + self.constant)
 
     @property
     def log_evidence_per_datum(self) -> Tensor | None:
@@ -100,8 +101,7 @@ class ContinuousPosterior:
 
     def _scaled(self, by_row: Tensor) -> Tensor:
         """Values [N] or [1] times the scale of their rows."""
-        plate = (self.data_plate or "",) if self.layout.local else ("",)
-        return times(Named(by_row, plate), self.layout.scale).tensor
+        return scaled(by_row.unsqueeze(0), self.layout, self.data_plate).squeeze(0)
 
     @property
     def log_evidence_error_per_datum(self) -> Tensor:
@@ -347,7 +347,8 @@ class ContinuousPosterior:
         """A row per site, datum, position and state: columns site, datum, position, state, probability, mean, sd."""
         frames = []
         for name in self.layout.discrete:
-            plates = (self.data_plate,) if self.layout.local and self.data_plate else ()
+            shared = name in self.layout.outer or not self.layout.local or self.data_plate is None
+            plates = () if shared else (str(self.data_plate),)
             frames.append(probability_frame(name, self.probabilities(name), plates, self.data_plate))
         for name, table in self.summed.items():
             variable = self.variables[name]

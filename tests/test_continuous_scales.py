@@ -92,7 +92,7 @@ def test_log_evidence_of_whole_weights_equals_that_of_rows_repeated(
 def test_fit_of_whole_weights_equals_that_of_rows_repeated(row: Row, algorithm: str) -> None:
     x = torch.tensor([2.9, -1.6, 0.3, 4.1], dtype=torch.float64)
     number = torch.tensor([1, 3, 2, 1])
-    options = {"algorithm": algorithm, "max_steps": 5, "tolerance": 0.0}
+    options = {"algorithm": algorithm, "max_steps": 2, "tolerance": 0.0}
     fit = lvmppl.fit(weighed(row), {"x": x, "w": number.double()}, **options)
     repeated = lvmppl.fit(plain(row), {"x": x.repeat_interleave(number)}, **options)
     assert fit.log_evidence == pytest.approx(repeated.log_evidence, rel=1e-7)

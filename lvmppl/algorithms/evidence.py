@@ -16,8 +16,9 @@ from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
+from lvmppl.exact.evidences import of_shared
 from lvmppl.exact.named import Named, align, log_sum_exp
-from lvmppl.exact.scales import scale_of, times
+from lvmppl.exact.scales import scale_of
 from lvmppl.posteriors import DeferredPosterior, Posterior
 
 CHUNK = 8192  # rows evaluated at once: N × K × D then stays within the cache
@@ -66,16 +67,13 @@ def log_evidence(problem: Problem, values: Values) -> Tensor:
 def _integrated(problem: Problem, data: Values, values: Values, rows: Rows) -> Tensor:
     """The same by a continuous engine, whose gradient is E_post[∇θ log p(x, z; θ)] over its points."""
     posterior = continuous_posterior(problem.model, data, values)
-    table = posterior.kernel.log_evidence
-    for _ in posterior.layout.discrete:
-        table = log_sum_exp(table, 0)
-    lead = (problem.data_plate or "",) if posterior.layout.local else ("",)
-    total = times(Named(table.reshape(-1), lead), posterior.layout.scale).tensor.sum()
+    table, layout = posterior.kernel.log_evidence, posterior.layout
+    constant, prior = table.new_zeros(()), table.new_zeros(())
     if any(problem.data_plate not in s.plates for s in problem.model.structure.sites.values()):
         evaluation = problem.model.evaluate(data, values, rows)
-        total = total + constant_part(problem.model, evaluation, posterior.layout)
-        total = total + log_prior(problem, evaluation.factors)
-    return total
+        constant = constant_part(problem.model, evaluation, layout)
+        prior = log_prior(problem, evaluation.factors)
+    return log_sum_exp(of_shared(table, constant, layout, problem.data_plate), 0) + prior
 
 
 def log_prior(problem: Problem, factors: Iterable[Factor]) -> Tensor:

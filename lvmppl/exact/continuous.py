@@ -219,12 +219,17 @@ class LogJointOfModel:
 
 
 def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tensor:
-    """Σ of the log-factors that belong to no row, priors of parameters aside: a scalar."""
-    like = evaluation.factors[0].log_prob
-    total = torch.zeros((), dtype=like.dtype, device=like.device)
+    """Σ of the log-factors that belong to no row, priors of parameters aside, by state of the sites that rows share."""
+    sizes = dict(zip(layout.discrete, layout.discrete_sizes, strict=True))
+    total = evaluation.factors[0].log_prob.new_zeros([sizes[n] for n in layout.outer])
     for factor in evaluation.factors:
         if is_constant(factor, joint, layout) and not is_prior(factor, joint):
             named = times(Named(factor.log_prob, factor.dims), scale_of(factor))
             repeats = math.prod(layout.plate_sizes[p] for p in factor.plates if p not in named.dims)
-            total = total + repeats * named.tensor.sum()
+            out = [i for i, d in enumerate(named.dims) if d not in layout.outer]
+            kept = Named(
+                named.tensor.sum(out) if out else named.tensor,
+                tuple(d for d in named.dims if d in layout.outer),
+            )
+            total = total + repeats * align(kept, layout.outer)
     return total

@@ -24,6 +24,7 @@ from lvmppl.exact.layout import Layout, layout_of
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrained
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
+from lvmppl.shared_posteriors import SharedPosterior
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
 _OPAQUE = frozenset({"Unit"})  # of pyro.factor: any function of z
@@ -49,7 +50,7 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     dtype = evaluation.factors[0].log_prob.dtype
     variables = {n: evaluation.variables[n] for n in (*layout.discrete, *layout.summed)}
     kernel, engine, doubt = _solve(log_joint, rows, layout, dtype)
-    constant = float(constant_part(joint, evaluation, layout))
+    constant = constant_part(joint, evaluation, layout).detach()
     if doubt:
         engine += f", an estimate: {doubt}"
     plate = joint.structure.data_plate
@@ -58,9 +59,8 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
         z, weights = kernel.nodes()
         summed = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
         engine += f"; {_listed(list(layout.summed))} summed out at every point"
-    return ContinuousPosterior(
-        kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed
-    )
+    kind = SharedPosterior if layout.outer else ContinuousPosterior
+    return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed)
 
 
 def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:

@@ -41,7 +41,8 @@ class Layout:
 
     discrete: in the order of the leading axes of rows. local: a row per datum. summed: enumerated sites that are summed
     out at every point instead, since they lie in plates that couple through the continuous ones. scale: what log p(x) of a
-    row is multiplied by, a number or over the data plate.
+    row is multiplied by, a number or over the data plate. outer: those of `discrete` that stand outside of the data plate
+    and that rows, which are data, share.
     """
 
     blocks: tuple[Block, ...]
@@ -53,6 +54,7 @@ class Layout:
     transform: Transform | None
     summed: tuple[str, ...] = ()
     scale: Named = UNIT
+    outer: tuple[str, ...] = ()
 
     def rows(self, data_plate: str | None) -> tuple[int, ...]:
         tail = (self.plate_sizes[data_plate],) if self.local and data_plate is not None else ()
@@ -92,7 +94,11 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             "make it a pyro.param or pyro.deterministic",
         )
     enumerated = [structure.sites[n] for n in structure.enumerated]
-    local = plate is not None and all(plate in s.plates for s in (*latents, *enumerated))
+    local = plate is not None and all(plate in s.plates for s in latents)
+    outer = [s for s in enumerated if plate not in s.plates]
+    single = all(evaluation.variables[s.name].steps is None and not s.plates for s in outer)
+    if outer and (not single or any(s.plates != (plate,) for s in enumerated if s not in outer)):
+        local = False
     home: set[str] = {plate} if local and plate is not None else set()
     chains = [structure.sites[n] for n in structure.enumerated if evaluation.variables[n].steps is not None]
     if chains and local:
@@ -101,7 +107,8 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             "a discrete chain beside continuous sites of its datum, whose every sequence would be a configuration",
             "use svi with a guide over both",
         )
-    summed = tuple(structure.enumerated) if chains or any(set(s.plates) - home for s in enumerated) else ()
+    within = any(set(s.plates) - home for s in enumerated)
+    summed = tuple(structure.enumerated) if chains or within else ()
     blocks, begin, transforms, lengths = [], 0, [], []
     for site in latents:
         inner = tuple(p for p in site.plates if p not in home)
@@ -123,7 +130,10 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             "use vem or svi",
         )
     scale = _row_scale(latents, evaluation, joint, home)
-    return Layout(tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole, summed, scale)
+    shared = tuple(n for n in names if local and n in {s.name for s in outer})
+    return Layout(
+        tuple(blocks), begin, names, sizes, local, evaluation.plate_sizes, whole, summed, scale, shared
+    )
 
 
 def _row_scale(latents: list[SiteInfo], evaluation: Evaluation, joint: Joint, home: set[str]) -> Named:
