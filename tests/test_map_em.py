@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -207,3 +207,84 @@ def test_map_beside_continuous_latents_equals_the_gradient_of_the_same_model() -
         expected + stats.norm.logpdf(slope, 0, 0.8).sum(), rel=1e-9
     )
     assert em.history["objective"].max() == pytest.approx(climbed.history["objective"].max(), abs=1e-5)
+
+
+def shrunk(x: Tensor) -> None:
+    """Locations under a Normal prior whose scales are fitted too: neither maximum is had without the other."""
+    with pyro.plate("components", 2):
+        loc = pyro.sample("loc", dist.Normal(torch.tensor([1.0, -0.5], dtype=torch.float64), real(0.4)))
+    scale = pyro.param(
+        "scale", torch.tensor([1.0, 2.5], dtype=torch.float64), constraint=constraints.positive
+    )
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.4, 0.6], dtype=torch.float64)), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z], scale[z]), obs=x)
+
+
+def shrunk_log_joint(loc: np.ndarray, scale: np.ndarray, x: np.ndarray) -> np.ndarray:
+    log_weights = np.log([0.4, 0.6])[:, None]
+    joint: np.ndarray = log_weights + stats.norm.logpdf(x, loc[:, None], scale[:, None])
+    return joint
+
+
+def test_em_step_of_a_location_under_a_prior_and_its_scale_equals_their_joint_maximum_by_search() -> None:
+    x = line().numpy()
+    steps = [
+        lvmppl.fit(shrunk, {"x": line()}, algorithm="em", max_steps=n, tolerance=0, seed=4) for n in (1, 2)
+    ]
+    how = {s.parameter: (s.how, s.why) for s in steps[0].m_step}
+    assert how["loc"][0] == how["scale"][0] == "closed-form"
+    assert "with a prior (Normal)" in how["loc"][1] and "conditional maximisation" in how["loc"][1]
+    loc, scale = (steps[0].parameters[k].numpy() for k in ("loc", "scale"))
+    joint = shrunk_log_joint(loc, scale, x)
+    q = np.exp(joint - np.logaddexp(*joint))
+
+    def negative_q(free: np.ndarray) -> float:
+        prior = stats.norm.logpdf(free[:2], [1.0, -0.5], 0.4).sum()
+        return -float((q * shrunk_log_joint(free[:2], np.exp(free[2:]), x)).sum() + prior)
+
+    best = optimize.minimize(negative_q, np.concatenate([loc, np.log(scale)]), tol=1e-12).x
+    np.testing.assert_allclose(steps[1].parameters["loc"], best[:2], rtol=1e-5)
+    np.testing.assert_allclose(steps[1].parameters["scale"], np.exp(best[2:]), rtol=1e-5)
+    alone = q @ x / q.sum(1)
+    assert np.abs(best[:2] - alone).max() > 0.05  # the prior matters
+
+
+def test_gradient_of_the_log_posterior_vanishes_where_locations_and_scales_in_turn_end() -> None:
+    x = line()
+    fit = lvmppl.fit(shrunk, {"x": x}, algorithm="em", max_steps=2000, tolerance=1e-15)
+    assert fit.history["objective"].diff().min() >= -1e-9 * abs(fit.log_evidence)
+    free = torch.cat([fit.parameters["loc"], fit.parameters["scale"].log()]).requires_grad_()
+    density = dist.Normal(free[:2, None], free[2:, None].exp()).log_prob(x)
+    log_evidence = torch.logsumexp(
+        torch.tensor([0.4, 0.6], dtype=torch.float64).log()[:, None] + density, 0
+    ).sum()
+    prior = dist.Normal(torch.tensor([1.0, -0.5], dtype=torch.float64), 0.4).log_prob(free[:2]).sum()
+    (gradient,) = torch.autograd.grad(log_evidence + prior, free)
+    assert float(gradient.abs().max()) < 1e-5
+    assert fit.history["objective"].iloc[-1] == pytest.approx((log_evidence + prior).item(), rel=1e-12)
+
+
+def test_regression_under_a_prior_with_its_noise_fitted_equals_the_maximum_by_search() -> None:
+    rng = np.random.default_rng(1)
+    u = rng.normal(size=(23, 3))
+    y = u @ np.array([0.5, -1.0, 2.0]) + 0.7 * rng.normal(size=23)
+
+    def model(u: Tensor, y: Tensor) -> None:
+        with pyro.plate("slopes", 3):
+            slope = pyro.sample("slope", dist.Normal(real(0.0), 0.5))
+        noise = pyro.param("noise", real(1.0), constraint=constraints.positive)
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(u @ slope, noise), obs=y)
+
+    fit = lvmppl.fit(model, {"u": torch.as_tensor(u), "y": torch.as_tensor(y)}, algorithm="em")
+    why = {s.parameter: s.why for s in fit.m_step}["slope"]
+    assert "least squares" in why and "conditional maximisation" in why
+
+    def negative(free: np.ndarray) -> float:
+        prior = stats.norm.logpdf(free[:3], 0, 0.5).sum()
+        return -float(stats.norm.logpdf(y, u @ free[:3], np.exp(free[3])).sum() + prior)
+
+    best = optimize.minimize(negative, np.zeros(4), tol=1e-12).x
+    np.testing.assert_allclose(fit.parameters["slope"], best[:3], rtol=1e-4)
+    np.testing.assert_allclose(fit.parameters["noise"], np.exp(best[3]), rtol=1e-5)

@@ -15,6 +15,8 @@ from lvmppl.algorithms.spellings import Spelling, bounds, plain
 
 FLOOR = "floor"
 """The part of what adds up of which the largest holds: the least variance of an entry."""
+PULL, HOLD = "pull", "hold"
+"""The parts of a location's prior: its mean times its precision, and that. (Sums of data are about the location before.)"""
 _BELOW = 1e-6  # share of its floor by which a variance must be below it to be raised at the start: the rest is rounding
 
 
@@ -64,6 +66,9 @@ def _solve_gamma(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _solve_location(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     moment, weight = (sums.parts[k].reshape(old.shape) for k in ("moment", "weight"))
+    if PULL in sums.parts:
+        pull, hold = (sums.parts[k].reshape(1, *old.shape[1:]) for k in (PULL, HOLD))
+        moment, weight = moment + pull - hold * old, weight + hold
     step = torch.where(weight > 0, moment / torch.where(weight > 0, weight, 1.0), 0.0)
     if sums.spelling.name == "location":
         return old + step, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,7 @@ class Plan:
     complete: bool = False  # every field of every site is looked up: the model need not be run
     affine: Affine | None = None  # parameters of locations, solved by least squares
     priors: Mapping[str, Parts] = field(default_factory=dict)  # pseudo-statistics of conjugate priors
+    cycles: int = 1  # at most so many rounds over locations and spreads, each at its maximum given the others
 
     @property
     def closed(self) -> tuple[str, ...]:
@@ -46,7 +47,18 @@ class Plan:
         keep = {s.parameter for s in steps if s.how == "closed-form"}
         sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))
         affine = None if self.affine is None else self.affine.without(moved)
-        return Plan(sites, steps, affine=affine, priors=self.priors)
+        return Plan(sites, steps, affine=affine, priors=self.priors, cycles=self.cycles)
+
+    def in_turn(self, names: Iterable[str], cycles: int) -> Plan:
+        """The plan with `cycles` rounds, which these parameters need."""
+        moved = set(names)
+        steps = tuple(
+            MStep(s.parameter, s.how, f"{s.why}; conditional maximisation, in turn with the spread")
+            if s.parameter in moved
+            else s
+            for s in self.steps
+        )
+        return replace(self, steps=steps, cycles=cycles)
 
 
 def working_dtype(problem: Problem) -> torch.dtype:

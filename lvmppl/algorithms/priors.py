@@ -6,7 +6,10 @@ log-density joins Q(θ). Where it has the form of the expected log-likelihood it
     Dirichlet(α) on probabilities       S + α − 1           Gamma(α, β) on a rate or precision     A + α − 1, B + β
     Beta(α, β) on a probability         A + α − 1, B + β − 1  InverseGamma(α, β) on a variance     A + α + 1, B + β
 
-A Normal on a location keeps Q quadratic (`least_squares`); a Uniform changes nothing within its bounds.
+    Normal(m, s) on a location          Σ w x + m/s², Σ w + 1/s²   (w = q τ: here the scale does not cancel)
+
+A normal on a location that is computed, or of a multivariate site, keeps Q quadratic (`least_squares`); a Uniform
+changes nothing within its bounds.
 """
 
 from __future__ import annotations
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from lvmppl.algorithms.maxima import HOLD, PULL
+
 Parts = dict[str, Tensor]
 
 _CONJUGATE: dict[tuple[type, str, str], Callable[[Any], Parts]] = {
@@ -27,6 +32,7 @@ _CONJUGATE: dict[tuple[type, str, str], Callable[[Any], Parts]] = {
     (dist.Beta, "beta", "1 − probability"): lambda f: {"a": f.concentration0 - 1, "b": f.concentration1 - 1},
     (dist.Gamma, "gamma", "rate or precision"): lambda f: {"a": f.concentration - 1, "b": f.rate},
     (dist.Exponential, "gamma", "rate or precision"): lambda f: {"a": torch.zeros_like(f.rate), "b": f.rate},
+    (dist.Normal, "loc", "location"): lambda f: {PULL: f.loc * f.scale**-2, HOLD: f.scale**-2},
     (dist.InverseGamma, "gamma", "mean or variance"): lambda f: {"a": f.concentration + 1, "b": f.rate},
 }
 
@@ -55,4 +61,4 @@ def pseudo_statistics(fn: Any, group: str, spelling: str, value: Tensor) -> Part
     if make is None:
         return None
     parts = {k: v.detach().expand(value.shape) for k, v in make(base).items()}
-    return None if any(bool((v < 0).any()) for v in parts.values()) else parts
+    return None if any(bool((v < 0).any()) for k, v in parts.items() if k != PULL) else parts

@@ -103,14 +103,15 @@ class Rules:
         for name in self.problem.lifted:
             fn, ways = self.views[name].fn, self.ways[name]
             alone = self.proposal.opaque[name][1] <= {name}
-            if ways and alone and is_quadratic(fn) and all(w.group == "loc" for w in ways):
-                self.computed.setdefault(name, []).extend(w.site for w in ways)
-            if name in self.computed and alone and is_quadratic(fn):
-                continue
-            parts = None
+            value, parts = self.problem.initial[name], None
             if ways and alone and name not in self.computed:
-                value = self.problem.initial[name]
                 parts = pseudo_statistics(fn, ways[0].group, ways[0].spelling, value)
+            located = name in self.computed or (ways and all(w.group == "loc" for w in ways))
+            if located and alone and is_quadratic(fn):
+                if parts is None or not all(self._is_weighed_by_lookup(w.site) for w in ways):
+                    self.computed.setdefault(name, []).extend(w.site for w in ways)
+                    continue
+                self.weighted.add(name)
             if parts is None:
                 family = self.proposal.opaque[name][0]
                 self._refuse(
@@ -158,6 +159,11 @@ class Rules:
         """Whether a known spread varies along the data (errors of measurement): least squares weighs rows by theirs."""
         spread = use.lookups.get("precision" if use.reading.kind == "normal" else "covariance")
         return spread is not None and not spread.names and self._is_by_row(spread)
+
+    def _is_weighed_by_lookup(self, site: str) -> bool:
+        """Whether the precisions that go with a location are at hand as sums are added up."""
+        spread = self.proposal.uses[site].lookups.get("precision")
+        return spread is not None and not self._is_by_row(spread)
 
     def _refuse(self, name: str, why: str) -> None:
         self.why.setdefault(name, why)
