@@ -17,13 +17,16 @@ from torch.distributions import constraints
 
 import lvmppl
 from lvmppl.algorithms.ascent import Trajectory
+from lvmppl.algorithms.closed_phases import closed_phases
 from lvmppl.algorithms.problem import Silent, build_problem
+from lvmppl.algorithms.recovery import Recovery
 from lvmppl.algorithms.stepper import Stepper, batch_elbo
 from lvmppl.algorithms.svi import _Ascent
+from lvmppl.algorithms.vem import _Alternation, _round
 from lvmppl.density import isolated, unvalidated
 from lvmppl.errors import ModelError
 from lvmppl.guides.categorical import categorical
-from lvmppl.options import SVIOptions
+from lvmppl.options import SVIOptions, VEMOptions
 
 
 def values(count: int) -> Tensor:
@@ -145,6 +148,41 @@ def test_memory_of_a_step_on_a_table_is_that_of_its_batch(optimizer: str) -> Non
     small, large = (largest_allocation_of_a_step(n, optimizer) for n in (400, 40_000))
     assert small == large
     assert 0 < large <= 10 * 8 * 8  # a few numbers of float64 for each of the 10 rows
+
+
+def largest_allocation_of_a_round(count: int) -> int:
+    """Of rounds of vem, each of three E and two M steps on batches of 10, before and within the tail."""
+    options = VEMOptions(batch_size=10, max_steps=count // 2, e_steps=3, m_steps=2)
+    with isolated(0, torch.float64), unvalidated():
+        problem = build_problem("a", local_normal, {"x": values(count)}, guide=table_guide)
+        state = _Alternation(closed_phases(problem, options), options, 0)
+        trajectory, recovery = Trajectory(0, state.bound.kind), Recovery()
+        _round(state, trajectory, recovery, 0)
+        with Allocations() as seen:
+            _round(state, trajectory, recovery, 1)
+        state.begin_average()  # once a fit
+        with seen:
+            for step in (2, 3):
+                _round(state, trajectory, recovery, step)
+        assert len(state.e_step.leaves["loc"]) == count
+        assert int((state.e_step.leaves["loc"] != 0).sum()) > 0
+    return seen.largest
+
+
+def test_memory_of_a_round_of_vem_on_a_table_is_that_of_its_batch() -> None:
+    small, large = (largest_allocation_of_a_round(n) for n in (400, 40_000))
+    assert small == large
+    assert 0 < large <= 10 * 8 * 8
+
+
+def test_m_step_on_a_batch_climbs_at_the_rows_that_the_e_steps_left() -> None:
+    """With λ at the posterior the gradient of θ is Σ (E z − θ): θ moves to the mean of E z over all rows."""
+    x = values(40)
+    options: dict[str, Any] = {"batch_size": 10, "max_steps": 150, "e_steps": 10, "m_steps": 2}
+    fit = lvmppl.fit(local_normal, {"x": x}, "vem", guide=table_guide, learning_rate=0.05, **options)
+    # x ~ Normal(θ, 1 + ¼): the maximum likelihood of θ is the mean of x
+    assert float(fit.parameters["mean"]) == pytest.approx(float(x.mean()), abs=0.02)
+    assert float(fit.guide_parameters["loc"].mean()) == pytest.approx(float(x.mean()), abs=0.02)
 
 
 def test_undone_step_restores_rows_moments_and_halves_the_rate() -> None:

@@ -138,12 +138,24 @@ class Stepper:
         rows = {n: s.select(indices).requires_grad_() for n, s in self.sparse.items()}
         return {**self.fixed, **self.coordinates.constrain({**live, **rows})}, rows
 
-    def full_values(self) -> dict[str, Tensor]:
-        """All constrained values, detached; what does not move here is the same tensor every time."""
+    def rows_at(self, indices: Tensor | None) -> dict[str, Tensor]:
+        """The constrained rows of a batch of the tables that move here, detached."""
+        if indices is None or not self.sparse:
+            return {}
         with torch.no_grad():
-            moving = self.coordinates.constrain(self.leaves)
+            rows = {n: s.select(indices) for n, s in self.sparse.items()}
+            return {n: self.coordinates.transforms[n](row) for n, row in rows.items()}
+
+    def full_values(self, tables: bool = True) -> dict[str, Tensor]:
+        """All constrained values (of those that move in tables only if wanted), detached.
+
+        What does not move here is the same tensor every time.
+        """
+        with torch.no_grad():
+            wanted = {n: v for n, v in self.leaves.items() if tables or n not in self.tables}
+            moving = {n: self.coordinates.transforms[n](v).detach().clone() for n, v in wanted.items()}
         still = {n: v.detach() if v.requires_grad else v for n, v in self.fixed.items()}
-        return {**still, **{n: v.detach().clone() for n, v in moving.items()}}
+        return {**still, **moving}
 
     def averaged_values(self) -> dict[str, Tensor]:
         """The constrained mean iterate of the tail (averaged in unconstrained coordinates)."""

@@ -90,13 +90,23 @@ class _Alternation:
         self.m_step = Stepper(
             problem, values, [n for n in problem.free_theta if n not in self.closed.m.closed], *settings
         )
+        for stepper, other in self._pairs():  # a batch's rows of them are handed over instead
+            for name in other.tables:
+                stepper.fixed.pop(name, None)
         self.save()
 
+    def _pairs(self) -> tuple[tuple[Stepper, Stepper], ...]:
+        return (self.e_step, self.m_step), (self.m_step, self.e_step)
+
+    def _at(self, stepper: Stepper, indices: Tensor | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """A stepper's values for a batch and its rows as leaves; the batch's rows of the other's tables stand still."""
+        values, rows = stepper.values(indices)
+        other = self.m_step if stepper is self.e_step else self.e_step
+        return {**values, **other.rows_at(indices)}, rows
+
     def values(self) -> dict[str, Tensor]:
-        return {
-            **self.m_step.full_values(),
-            **{n: self.e_step.full_values()[n] for n in self.problem.lambda_},
-        }
+        own = self.e_step.full_values()
+        return {**self.m_step.full_values(), **{n: own[n] for n in self.problem.lambda_}}
 
     def averaged_values(self) -> dict[str, Tensor]:
         own = self.e_step.averaged_values()
@@ -122,16 +132,16 @@ class _Alternation:
         self.share()
 
     def share(self) -> None:
-        """Each stepper sees where the other stands."""
-        own = self.e_step.full_values()
-        self.m_step.fixed.update({n: own[n] for n in self.problem.lambda_})
-        moved = self.m_step.full_values()
-        self.e_step.fixed.update({n: moved[n] for n in self.problem.theta})
+        """Each stepper sees where the other stands; rows of tables are handed over batch by batch (`_at`)."""
+        own = self.e_step.full_values(tables=False)
+        self.m_step.fixed.update({n: own[n] for n in self.problem.lambda_ if n in own})
+        moved = self.m_step.full_values(tables=False)
+        self.e_step.fixed.update({n: moved[n] for n in self.problem.theta if n in moved})
 
     def objective(self, step: int) -> Estimate:
         with torch.no_grad():
             indices = self.batches.next()
-            values = self.m_step.values(indices)[0]  # where the other stepper stands, as `share` left it
+            values = self._at(self.m_step, indices)[0]  # where the other stepper stands, as `share` left it
             return self.bound(values, indices, step)
 
     def run(self, step: int, factor: float) -> None:
@@ -148,10 +158,13 @@ class _Alternation:
 
     def close_lambda(self) -> None:
         """The λ of closed forms at their maximum."""
-        self.e_step.fixed.update(self.closed.e_phase(self.values()))
-        self.share()
+        if self.closed.e.blocks:
+            self.e_step.fixed.update(self.closed.e_phase(self.values()))
+            self.share()
 
     def _close_theta(self) -> None:
+        if not self.closed.m.closed:
+            return
         solved, floored = self.closed.m_phase(self.values())
         self.m_step.fixed.update(solved)
         self.share()
@@ -211,11 +224,11 @@ class _Alternation:
         for i in range(updates):
             self.seeds.use((2 * step + phase) * 1_000_000 + i)
             indices = self.batches.next()
-            values, rows = stepper.values(indices)
+            values, rows = self._at(stepper, indices)
             value = self.bound(values, indices, step).surrogate
 
             def again(at: Tensor | None = indices) -> Tensor:
-                return self.bound(stepper.values(at)[0], at, step).surrogate
+                return self.bound(self._at(stepper, at)[0], at, step).surrogate
 
             stepper.update(value, rows, indices, factor, None if self.noisy else again)
 
