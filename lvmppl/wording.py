@@ -20,6 +20,12 @@ def listed(names: Iterable[str], last: str = "") -> str:
     return ", ".join(words)
 
 
+def abridged(names: Iterable[str]) -> str:
+    """Names of sites in a row; of more than eight the first and the last, and their number."""
+    words = list(names)
+    return ", ".join(words) if len(words) <= 8 else f"{words[0]}, …, {words[-1]} ({len(words)} sites)"
+
+
 def shown(value: object) -> str:
     """A value as an error shows it: with its type where that tells more, and not longer than a line."""
     text = repr(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lvmppl.errors import IntractableError, ModelError
+from lvmppl.wording import abridged
 
 MAX_TABLE = 2**27  # entries of the largest table over enumerated sites (1 GiB in float64)
 _MAX_AXES, _SPARE_AXES = 64, 2  # of a torch tensor, and those of them that are left to events
@@ -58,12 +58,7 @@ class Enumeration(EnumMessenger):
         """The sites whose axes a shape has, their sizes and plates."""
         own = [self.axes[a] for a in sorted(self.axes, reverse=True) if a >= -len(shape) and shape[a] > 1]
         plates = dict.fromkeys(p for _, names in own for p in names)
-        return _listed([name for name, _ in own]) + (f" in plate {', '.join(plates)}" if plates else "")
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:8])
-    return f"{shown}, … ({len(names)} sites)" if len(names) > 8 else shown
+        return abridged([name for name, _ in own]) + (f" in plate {', '.join(plates)}" if plates else "")
 
 
 def _plates(msg: Any) -> tuple[str, ...]:
@@ -135,7 +130,7 @@ def check_table(site: str, plates: str, sizes: dict[str, int], entries: int) -> 
     sizes: by enumerated site.
     """
     if sizes and entries > MAX_TABLE:
-        coupled = _listed([f"{name} ({size})" for name, size in sizes.items()])
+        coupled = abridged([f"{name} ({size})" for name, size in sizes.items()])
         raise IntractableError(
             f"site '{site}'{f' in plate {plates}' if plates else ''}",
             f"a log-density of at most {MAX_TABLE:,} entries",

@@ -202,13 +202,23 @@ def relaxed_draw(fn: Any, shape: torch.Size, temperature: float, hard: bool) -> 
 
 
 class Hold(Messenger):
-    """Holds latent sites, which are to be integrated out, at given values."""
+    """Holds latent sites, which are to be integrated out, at given values.
 
-    def __init__(self, points: Values) -> None:
+    apart: enumerated sites of a `pyro.markov` loop each keep an axis of their own, as the values do that differ between
+    all of their states; else a site that is held takes up none.
+    """
+
+    def __init__(self, points: Values, apart: bool = False) -> None:
         super().__init__()
-        self.points = points
+        self.points, self.apart = points, apart
 
     def _pyro_sample(self, msg: Any) -> None:
+        scope = msg["infer"].get("_markov_scope")
+        if scope is not None and self.apart:
+            del msg["infer"]["_markov_scope"]
+        elif scope is not None:
+            kept = {n: depth for n, depth in scope.items() if n not in self.points}
+            msg["infer"]["_markov_scope"] = type(scope)(kept)
         if not msg["is_observed"] and msg["name"] in self.points:
             msg["value"], msg["done"] = self.points[msg["name"]], True
             _unmask(msg)

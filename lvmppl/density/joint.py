@@ -170,13 +170,13 @@ class HeldJoint(Joint):
 
     def __init__(self, joint: Joint, points: Values, configurations: Mapping[int, str]) -> None:
         super().__init__(joint.model, joint.structure)
-        self.points = points
+        self.points, self.apart = points, bool(configurations)
         self.extra = {self.first_available_dim: POINTS, **configurations}
         self.first_available_dim -= 1
 
     @contextmanager
     def _enumeration(self) -> Iterator[None]:
-        with super()._enumeration(), Hold(self.points):
+        with super()._enumeration(), Hold(self.points, self.apart):
             yield
 
     def to(self, dtype: torch.dtype) -> HeldJoint:

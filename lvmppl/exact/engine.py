@@ -25,6 +25,7 @@ from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrain
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
 from lvmppl.shared_posteriors import SharedPosterior
+from lvmppl.wording import abridged
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
 _OPAQUE = frozenset({"Unit"})  # of pyro.factor: any function of z
@@ -58,7 +59,7 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     if layout.summed:
         z, weights = kernel.nodes()
         summed = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
-        engine += f"; {_listed(list(layout.summed))} summed out at every point"
+        engine += f"; {abridged(layout.summed)} summed out at every point"
     kind = SharedPosterior if layout.outer else ContinuousPosterior
     return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed)
 
@@ -95,7 +96,7 @@ class _Search:
     def blind(self, posterior: QuadraturePosterior, dim: int) -> str:
         """Why nothing bounds the mass that may have been missed; empty if something does."""
         if self.opaque:
-            return f"nothing bounds what {_listed(self.opaque)} may hide between the points looked at"
+            return f"nothing bounds what {abridged(self.opaque)} may hide between the points looked at"
         if dim > 1 and not self.every_term and not bool(posterior.concave.all()):
             return "log p(x, z) is not concave, and a sum of more terms than can be searched one by one"
         return ""
@@ -125,8 +126,8 @@ def _solve(
     dtype: torch.dtype,
 ) -> tuple[Kernel, str, str]:
     """The posterior, which engine it is of and why, and what nothing bounds the error by (else empty)."""
-    names = _listed([b.name for b in layout.blocks])
-    given = f" given {', '.join(layout.discrete)}" if layout.discrete else ""
+    names = abridged([b.name for b in layout.blocks])
+    given = f" given {abridged(layout.discrete)}" if layout.discrete else ""
     why, no_path = "its support is bounded", ""
     if layout.transform is None:
         steps = path_steps(layout)
@@ -163,7 +164,7 @@ def _solve(
         else:
             why = f"{layout.dim} dimensions a row are more than the dense Gaussian engine takes ({MAX_DENSE}){no_path}"
     if layout.dim > QUADRATURE_DIMS:
-        listing = _listed([f"{b.name} ({b.size})" for b in layout.blocks])
+        listing = abridged([f"{b.name} ({b.size})" for b in layout.blocks])
         raise IntractableError(
             "exact posterior",
             f"a log joint quadratic in the continuous sites, or at most {QUADRATURE_DIMS} of their dimensions a row",
@@ -189,10 +190,6 @@ def _solve(
     plural = "" if layout.dim == 1 else "s"
     text = f"quadrature over {names} ({layout.dim} dimension{plural} a row){given}: {why}"
     return found, text, search.blind(found, layout.dim)  # type: ignore[arg-type]
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 6 else f"{names[0]}, …, {names[-1]} ({len(names)} sites)"
 
 
 class _Selected:

@@ -16,6 +16,7 @@ from lvmppl.density import Evaluation, Factor, Joint, SiteInfo
 from lvmppl.errors import IntractableError
 from lvmppl.exact.named import Named
 from lvmppl.exact.scales import UNIT, same_scale, scale_of
+from lvmppl.wording import abridged
 
 MAX_CONFIGURATIONS = 4096
 
@@ -176,7 +177,7 @@ def _transform(site: SiteInfo) -> Transform:
 
 
 def _intractable(sites: list[SiteInfo], what: str, fix: str) -> IntractableError:
-    listing = ", ".join(f"{s.name} ({s.family})" for s in sites)
+    listing = abridged(f"{s.name} ({s.family})" for s in sites)
     return IntractableError(
         "exact posterior", "latent sites that can be summed or integrated", f"{listing}: {what}", fix
     )
