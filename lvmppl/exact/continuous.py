@@ -193,12 +193,13 @@ class LogJointOfModel:
         return placed.reshape(placed.shape[placed.dim() - rank :])
 
     def _summed(self, z: Tensor) -> Tensor:
+        return log_joint_at(*self.factors(z), len(z))
+
+    def factors(self, z: Tensor) -> tuple[Evaluation, list[Factor]]:
+        """One pass with the sites held at z, and those of its factors that belong to rows."""
         evaluation = self.evaluation(z)
-        factors = relative_to(
-            self.layout.scale,
-            (f for f in evaluation.factors if not is_constant(f, self.joint, self.layout)),
-        )
-        return log_joint_at(evaluation, factors, len(z))
+        own = (f for f in evaluation.factors if not is_constant(f, self.joint, self.layout))
+        return evaluation, list(relative_to(self.layout.scale, own))
 
     @cached_property
     def entries(self) -> int:

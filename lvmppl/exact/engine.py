@@ -25,6 +25,7 @@ from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrain
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
 from lvmppl.shared_posteriors import SharedPosterior
+from lvmppl.summed_posterior import SummedSites
 from lvmppl.wording import abridged
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
@@ -55,10 +56,11 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     if doubt:
         engine += f", an estimate: {doubt}"
     plate = joint.structure.data_plate
-    summed = {}
+    summed = None
     if layout.summed:
         z, weights = kernel.nodes()
-        summed = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
+        found = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
+        summed = SummedSites(log_joint.factors, found, log_joint.entries)
         engine += f"; {abridged(layout.summed)} summed out at every point"
     kind = SharedPosterior if layout.outer else ContinuousPosterior
     return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed)

@@ -122,32 +122,38 @@ class QuadraturePosterior:
         for a kink, or a maximum at the edge of the support. A density without bound at the edge has no mode: the point is
         where floating point ends.
         """
+        return self.highest(self._log_joint, self.log_density, self.cells.chart.view(self.log_weights.shape))
+
+    def highest(self, function: LogJoint, heights: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """The highest point of a function of z that is piecewise smooth, and its value there, as ``mode`` has them.
+
+        ``heights [Q, *rows]`` are its values at the nodes, to within a constant of a row. Sought around the highest node
+        of each of the ``groups [Q, *rows]``, numbered from 0, but those far below the highest of all.
+        """
         cells, rows, dim = self.cells, self.log_weights.shape[1:], self.points.shape[-1]
-        density = self.log_density.view(cells.log_weight.shape)
-        own = torch.stack(
-            [density.masked_fill(cells.chart != k, -torch.inf) for k in range(len(cells.centre))]
-        )
-        heights, index = own.max(1)  # [K, N]
-        sought = (heights > heights.amax(0) - BELOW * dim).any(1)
-        index, chart = index[sought], torch.arange(len(own), device=index.device)[sought]
+        heights, groups = heights.reshape(cells.log_weight.shape), groups.reshape(cells.log_weight.shape)
+        starts, tops = [], []
+        for group in range(int(groups.max()) + 1):
+            top, index = heights.masked_fill(groups != group, -torch.inf).max(0)  # [N]
+            starts.append(index)
+            tops.append(top)
+        sought = (torch.stack(tops) > heights.amax(0) - BELOW * dim).any(1)
+        index = torch.stack(starts)[sought]  # [P, N]
+        chart = torch.gather(cells.chart, 0, index)
         start = torch.gather(cells.t, 0, index.unsqueeze(-1).expand(*index.shape, dim))  # [P, N, d]
 
         def placed(t: Tensor) -> Tensor:
-            of = chart.repeat(len(t) // len(chart)).unsqueeze(-1).expand(t.shape[:-1])
-            z = cells.place(t, of, False)[0].view(-1, *rows, dim)
+            z = cells.place(t, chart.repeat(len(t) // len(chart), 1), False)[0].view(-1, *rows, dim)
             return z if self._transform is None else self._transform(z)
 
-        def log_joint(t: Tensor) -> Tensor:
-            return self._log_joint(placed(t)).flatten(1)
-
+        half = cells.spacing[chart, torch.arange(chart.shape[1], device=chart.device)]
         with unvalidated():  # the edge of the support is reached on the way
-            point, value = maximised(log_joint, start, cells.spacing[chart], self._chunk)
+            point, value = maximised(lambda t: function(placed(t)).flatten(1), start, half, self._chunk)
         best = value.argmax(0)
         value = torch.gather(value, 0, best.unsqueeze(0))[0]
-        highest = torch.gather(
-            placed(point).view(point.shape), 0, best[None, :, None].expand(1, *point.shape[1:])
-        )[0]
-        return highest.view(*rows, dim), value.view(rows)
+        at = placed(point).view(point.shape)
+        found = torch.gather(at, 0, best[None, :, None].expand(1, *point.shape[1:]))[0]
+        return found.view(*rows, dim), value.view(rows)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """``n`` draws a row: ``[n, *rows, d]``. One batch of (1 + ``METROPOLIS_STEPS``) n evaluations a row.
