@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from allocations import Allocations
+from scipy.stats import chi2, norm
 from table_models import local_normal, table_guide
 from torch import Tensor
 from torch.distributions import constraints
@@ -249,29 +249,95 @@ def watched(seed: int, **options: Any) -> tuple[Iterates, Trajectory]:
         return seen, seen.ascent.run()
 
 
-@functools.cache
-def errors(schedule: str, seed: int) -> tuple[np.ndarray[Any, Any], float]:
-    """(|iterate − exact mean| over the last quarter of the steps, that of what the fit returns) in posterior sds."""
-    x = values(200)
-    precision = 1 / 25 + len(x) / 1.1**2
-    exact, sd = float(x.sum()) / 1.1**2 / precision, precision**-0.5
-    seen, found = watched(seed, max_steps=600, schedule=schedule)
-    late = np.abs(np.array(seen.loc[-150:]) - exact) / sd
-    return late, abs(float(found.values["loc"]) - exact) / sd
+# Plain gradient ascent on a Gaussian posterior, its q at a fixed sd, is linear: with δ the distance of q's mean from the
+# posterior's, P its precision, L = N/σ² the part of it that comes from draws z = loc + s ε, and η_t the rate,
+#     δ_{t+1} = (1 − η_t P) δ_t − η_t L s ε_t,
+# a Gaussian process whose variances, and those of its sums, are known at every step.
+
+COLUMNS, DATA, SPREAD, WIDE, STEPS = 60, 20, 1.1, 5.0, 1600
+PRECISION = 1 / WIDE**2 + DATA / SPREAD**2
+POSTERIOR_SD = PRECISION**-0.5
 
 
-def test_tail_average_is_far_closer_to_the_posterior_than_iterates_at_a_constant_rate() -> None:
-    runs = [errors("constant", seed) for seed in range(2)]
-    late = np.concatenate([late for late, _ in runs])
-    assert (late > 0.3).mean() > 0.4
-    assert max(returned for _, returned in runs) < 0.3 * np.sqrt((late**2).mean())
+def columns_model(x: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(COLUMNS), WIDE).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("x", dist.Normal(mu, SPREAD).to_event(1), obs=x)
 
 
-def test_decayed_rate_ends_closer_than_a_constant_one_and_its_average_is_the_posterior_mean() -> None:
-    constant, linear = ([errors(s, seed) for seed in range(2)] for s in ("constant", "linear"))
-    end, decayed = (np.concatenate([late[-20:] for late, _ in runs]) for runs in (constant, linear))
-    assert np.sqrt((decayed**2).mean()) < 0.5 * np.sqrt((end**2).mean())
-    assert max(returned for _, returned in linear) < 0.25
+def columns_guide(x: Tensor) -> None:
+    loc = pyro.param("loc", torch.zeros(COLUMNS))
+    pyro.sample("mu", dist.Normal(loc, POSTERIOR_SD).to_event(1))
+
+
+class Means(Silent):
+    """q's mean at every step, read while the fit runs."""
+
+    def __init__(self) -> None:
+        self.ascent: _Ascent | None = None
+        self.loc: list[np.ndarray[Any, Any]] = []
+
+    def update(self, step: int, objective: float) -> None:
+        assert self.ascent is not None
+        self.loc.append(self.ascent.stepper.leaves["loc"].detach().numpy().copy())
+
+
+def predicted(schedule: str, gain: float, tail: int) -> tuple[np.ndarray[Any, Any], float]:
+    """(variance of δ_t at each of the tail's steps, variance of their mean), in posterior variances."""
+    cov, found = np.zeros((2, 2)), []  # of δ and of the sum over the tail
+    for t in range(STEPS + 1):
+        if t >= tail:
+            found.append(cov[0, 0])
+            add = np.array([[1.0, 0.0], [1.0, 1.0]])
+            cov = add @ cov @ add.T
+        factor = {"constant": 1.0, "linear": 1.0 - t / STEPS}[schedule]
+        pull, noise = gain * factor, gain * factor * (DATA / SPREAD**2) / PRECISION
+        move = np.diag([1.0 - pull, 1.0])
+        cov = move @ cov @ move.T
+        cov[0, 0] += noise**2
+    return np.array(found), float(cov[1, 1]) / len(found) ** 2
+
+
+def errors_of_a_fit(schedule: str, gain: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(iterate − posterior mean over the tail [M, D], the same of what the fit returns [D]), in posterior sds."""
+    x = torch.tensor(np.random.default_rng(7).normal(1.0, SPREAD, (DATA, COLUMNS)))
+    exact = x.sum(0).numpy() / SPREAD**2 / PRECISION
+    seen, rate = Means(), gain / PRECISION
+    options = SVIOptions(optimizer="sgd", learning_rate=rate, schedule=schedule, max_steps=STEPS)
+    with isolated(0, torch.float64), unvalidated():
+        problem = build_problem("a", columns_model, {"x": x}, guide=columns_guide, progress=seen)
+        seen.ascent = _Ascent(problem, options, 0)
+        found = seen.ascent.run().values["loc"].numpy()
+        assert "KL in closed form" in seen.ascent.objective.report()  # so the prior's pull has no noise
+    tail = np.array(seen.loc[int(0.75 * STEPS) :])
+    np.testing.assert_allclose(found, tail.mean(0), rtol=1e-10)
+    return (tail - exact) / POSTERIOR_SD, (found - exact) / POSTERIOR_SD
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_tail_average_has_the_small_variance_and_late_iterates_the_large_one_of_their_linear_process(
+    schedule: str,
+) -> None:
+    """At η P = 0.9 theory has 74 % of a constant rate's iterates off by 0.3 posterior sd, and their mean by 0.05.
+
+    A rate that decays to zero ends within 0.11.
+    """
+    gain, tail = 0.9, int(0.75 * STEPS)
+    variance, of_mean = predicted(schedule, gain, tail)
+    late, returned = errors_of_a_fit(schedule, gain)
+    if schedule == "constant":
+        share = 2 * norm.sf(0.3 / variance**0.5).mean()
+        assert share == pytest.approx(0.74, abs=0.01) and of_mean**0.5 == pytest.approx(0.05, abs=0.002)
+        spread = 4 * (share * (1 - share) / late.size) ** 0.5
+        assert abs((np.abs(late) > 0.3).mean() - share) < spread * 1.1  # neighbours correlate by 0.1
+    else:
+        assert variance[-2] ** 0.5 < 0.11
+    low, high = chi2.ppf([1e-4, 1 - 1e-4], COLUMNS)
+    assert low < (returned**2).sum() / of_mean < high
+    last = late[-2] if schedule == "linear" else late[-1]
+    assert low < (last**2).sum() / variance[-2 if schedule == "linear" else -1] < high
+    whole = (late**2 / variance[:, None])[variance > 0]
+    assert whole.mean() == pytest.approx(1.0, abs=0.1 if schedule == "linear" else 0.05)
 
 
 def test_patience_returns_the_mean_iterate_of_the_window_with_the_best_smoothed_objective() -> None:
