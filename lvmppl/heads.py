@@ -16,7 +16,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ReshapeTransform
 
@@ -24,39 +24,11 @@ from lvmppl.density import SiteInfo
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError
 from lvmppl.families import safe_log
+from lvmppl.outputs import Output
+from lvmppl.supports import continuous_support, num_states, support_kind, support_words
 
 Outputs = Mapping[str, Tensor]
 Build = Callable[[Outputs, Mapping[str, Tensor]], Any]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One parameter of q: its shape for one element of the site's plates, and the set it lives in.
-
-    spread: sd of its unconstrained start, where starting at 0 would be a saddle. stepwise: the first axis is time.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    constraint: Constraint = constraints.real
-    spread: float = 0.0
-    stepwise: bool = False
-
-    @property
-    def free_shape(self) -> tuple[int, ...]:
-        """The shape in unconstrained coordinates."""
-        return tuple(transform_to(self.constraint).inverse_shape(torch.Size(self.shape)))
-
-    def constrained(self, free: Tensor) -> Tensor:
-        result: Tensor = transform_to(self.constraint)(free)
-        return result
-
-    def start(self, batch: Sequence[int]) -> Tensor:
-        """The start [*batch, *shape]."""
-        free = torch.zeros((*batch, *self.free_shape))
-        if self.spread:
-            free = self.spread * torch.randn_like(free)
-        return self.constrained(free)
 
 
 @dataclass(frozen=True)
@@ -85,87 +57,6 @@ class HeadKind:
     text: str
     settings: tuple[str, ...] = field(default=())
     twice: bool = True
-
-
-def support_kind(site: SiteInfo) -> str:
-    """What a site's support is, in the words of the table: binary, finite, one_hot, chain, real, positive, …"""
-    if site.family == "MarkovChain":
-        return "chain"
-    support = _element(site.support)
-    if site.discrete:
-        return _discrete_kind(site, support)
-    if support is constraints.real or support is constraints.real_vector:
-        return "real"
-    if support is constraints.simplex:
-        return "simplex"
-    if _bounds(support) == (0.0, math.inf):
-        return "positive"
-    return "unit_interval" if _bounds(support) == (0.0, 1.0) else "other"
-
-
-def _discrete_kind(site: SiteInfo, support: Any) -> str:
-    if support is constraints.one_hot:
-        return "one_hot" if len(site.event_shape) == 1 else "discrete_vector"
-    if support is not constraints.boolean and _bounds(support) is None:
-        return "countable"
-    if site.event_shape:
-        return "discrete_vector"
-    if support is constraints.boolean:
-        return "binary"
-    lower, upper = _bounds(support) or (math.nan, math.inf)
-    return "finite" if lower == 0 and upper < math.inf else "countable"
-
-
-def _element(support: Any) -> Any:
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    return support
-
-
-def _bounds(support: Any) -> tuple[float, float] | None:
-    """(lower, upper) of an interval whose ends are the same for all elements."""
-    ends = []
-    for name, default in (("lower_bound", -math.inf), ("upper_bound", math.inf)):
-        end = torch.as_tensor(getattr(support, name, default))
-        if end.numel() == 0 or not bool((end == end.reshape(-1)[0]).all()):
-            return None
-        ends.append(float(end.reshape(-1)[0]))
-    return None if ends == [-math.inf, math.inf] else (ends[0], ends[1])
-
-
-def continuous_support(site: SiteInfo) -> Any:
-    """The support with bounds that are numbers: those of a traced model have the axes of its batch.
-
-    Raises:
-        InputError: the bounds differ between elements.
-    """
-    return _with_plain_bounds(site.support, site.name)
-
-
-def _with_plain_bounds(support: Any, name: str) -> Any:
-    if isinstance(support, constraints.independent):
-        base = _with_plain_bounds(support.base_constraint, name)
-        return constraints.independent(base, support.reinterpreted_batch_ndims)
-    if not hasattr(support, "lower_bound") and not hasattr(support, "upper_bound"):
-        return support
-    bounds = _bounds(support)
-    if bounds is None:
-        fix = "draw a variable with fixed bounds in the model and scale it there"
-        raise InputError(f"guide, site '{name}'", "the same bounds for all elements", str(support), fix)
-    lower, upper = bounds
-    if lower == -math.inf:
-        return constraints.less_than(upper)
-    return constraints.greater_than(lower) if upper == math.inf else constraints.interval(lower, upper)
-
-
-def num_states(site: SiteInfo) -> int:
-    """K of a finite discrete site or of one step of a chain."""
-    support = _element(site.support)
-    if support is constraints.boolean:
-        return 2
-    if support is constraints.one_hot:
-        return site.event_shape[-1]
-    return int(torch.as_tensor(support.upper_bound).max()) + 1
 
 
 # ------------------------------------------------------------------------------------------------------ discrete
@@ -395,26 +286,6 @@ DEFAULT_HEADS: dict[str, str] = {
     "other": "normal",
 }
 
-_SUPPORT_WORDS: dict[str, str] = {
-    "binary": "two states",
-    "finite": "finitely many states",
-    "one_hot": "one-hot states",
-    "chain": "state sequences of a MarkovChain",
-    "real": "real numbers",
-    "positive": "positive numbers",
-    "unit_interval": "numbers between 0 and 1",
-    "simplex": "a simplex",
-    "other": "another continuous set",
-    "countable": "infinitely many integers",
-    "discrete_vector": "a vector of discrete values",
-}
-
-
-def support_words(kinds: frozenset[str] | str) -> str:
-    """Supports in prose, in the order of the table."""
-    chosen = {kinds} if isinstance(kinds, str) else kinds
-    return ", ".join(text for kind, text in _SUPPORT_WORDS.items() if kind in chosen)
-
 
 def build_head(site: SiteInfo, name: str | None, settings: Mapping[str, Any]) -> Head | None:
     """The head of one site by name, or the default one of its support; None if the site is left out of q.
@@ -446,3 +317,18 @@ def build_head(site: SiteInfo, name: str | None, settings: Mapping[str, Any]) ->
         known = f"settings {', '.join(row.settings)}" if row.settings else "no settings"
         raise InputError(f"{where}: {name}", known, ", ".join(unknown), "leave it out")
     return None if row.build is None else row.build(site, **settings)
+
+
+__all__ = [
+    "DEFAULT_HEADS",
+    "HEADS",
+    "Head",
+    "HeadKind",
+    "Output",
+    "build_head",
+    "continuous_support",
+    "free_shape",
+    "num_states",
+    "support_kind",
+    "support_words",
+]

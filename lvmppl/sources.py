@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from lvmppl.errors import InputError
-from lvmppl.heads import Output
+from lvmppl.outputs import Output
 
 Data = Mapping[str, Tensor]
 

@@ -62,7 +62,7 @@ PARTS: dict[str, tuple[str, str, str]] = {
     ),
     # Heads, sources and what joins them to a guide: shared by the guide files, which hold a few lines each.
     "variational": (
-        "lvmppl.heads lvmppl.flows lvmppl.sources lvmppl.variational",
+        "lvmppl.heads lvmppl.outputs lvmppl.supports lvmppl.flows lvmppl.sources lvmppl.variational",
         "errors estimators density distributions families variational",
         "yaml pandas",
     ),
