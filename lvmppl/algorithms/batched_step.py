@@ -18,7 +18,8 @@ from lvmppl.algorithms.statistics import Statistics, of_restarts, stacked
 from lvmppl.algorithms.tabulated import Imprecise, Tabulated
 
 SMALL = 2**17  # entries of a step's largest tensors up to which preparing the operations costs what they cost
-_RECORDINGS = 16  # in a fit: one for every number of restarts, and anew where a step branches otherwise
+_RECORDINGS = 16  # in a fit: one for every number of restarts, and anew where steps keep branching otherwise
+_OTHERWISE = 4  # steps in a row that branch otherwise before the way they go is recorded
 _OBJECTIVE, _HELD = "·objective", "·held·"
 
 
@@ -36,7 +37,7 @@ class BatchedStep:
     def __init__(self, problem: Problem, plan: Plan, tables: Tabulated) -> None:
         self._problem, self._plan, self._tables = problem, plan, tables
         self._recorded: Recorded | None = None
-        self._restarts = self._recordings = 0
+        self._restarts = self._recordings = self._otherwise = 0
         self._coarse = False  # whether the last step was too fine for the tables: the next one may well be
 
     def is_recorded(self, restarts: int) -> bool:
@@ -49,8 +50,6 @@ class BatchedStep:
         found = self._replayed(values)
         if found is None:
             objectives, statistics = self._e_step(values, distinct)
-            if not self._coarse:  # the step that was recorded branches otherwise by now
-                self._recorded = None
             return Advanced(objectives.tolist(), self._m_step(values, statistics))
         objectives = found.pop(_OBJECTIVE)
         held = {n.removeprefix(_HELD): found.pop(n) for n in list(found) if n.startswith(_HELD)}
@@ -61,16 +60,16 @@ class BatchedStep:
         restarts = len(next(iter(values.values())))
         if self._recorded is not None and self._restarts == restarts:
             found = self._recorded(values)
-            self._coarse = self._coarse and found is None
-            return found
-        self._recorded = None
+            self._otherwise = 0 if found is not None else self._otherwise + 1
+            if self._otherwise < _OTHERWISE:
+                return found
         if self._coarse or self._recordings >= _RECORDINGS or not self.is_recorded(restarts):
             return None
-        self._recordings, self._restarts = self._recordings + 1, restarts
+        self._recorded, self._restarts = None, restarts
+        self._recordings, self._otherwise = self._recordings + 1, 0
         with contextlib.suppress(Imprecise):
             self._recorded = Recorded(self._whole, values)
-            return self._recorded.outputs()
-        return None
+        return None if self._recorded is None else self._recorded.outputs()
 
     def _whole(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         objectives, statistics = self._tables.e_step(values)

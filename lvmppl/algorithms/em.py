@@ -36,6 +36,9 @@ from lvmppl.density import Values, unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
 
+_SAME = 1e-6  # relative difference of log evidences up to which two restarts found one optimum
+_PATIENCE = 32  # steps with needless copies that cost about what a step of another size costs to record
+
 
 def infer(problem: Problem, options: EMOptions) -> Fit:
     """Fit θ by EM, the best restart kept; all restarts at once where every parameter has a closed form.
@@ -223,6 +226,8 @@ class _Batch:
         self.stopping = [Stopping(self.options.tolerance) for _ in self.done]
         self.best: list[tuple[Mapping[str, Tensor], int]] = [({}, 0) for _ in self.done]
         self.active = list(range(len(self.done)))
+        self.ends: list[float] = []  # log evidence of the optima at which the tables were looked at
+        self.few_for = 0  # steps during which three in four places were held by copies
 
     def run(self) -> list[Trajectory]:
         options, progress = self.options, self.problem.progress
@@ -281,26 +286,35 @@ class _Batch:
         return self.run_one._falls(trajectory, objective, _picked(values, position), best)
 
     def _leave(self, restart: int) -> None:
-        """A restart is over: its best iterate, at which the model must still be what the tables say."""
+        """A restart is over: its best iterate, at which the model must still be what the tables say.
+
+        Looked at once for every optimum: restarts that end at the same log evidence are taken to end at the same one.
+        """
         values, position = self.best[restart]
         trajectory = self.done[restart]
         if trajectory.values:
             trajectory.values = detached(_picked(values, position))
-            self.run_one._check_tables(0, trajectory.values)
+            if not any(math.isclose(trajectory.objective, end, rel_tol=_SAME) for end in self.ends):
+                self.run_one._check_tables(0, trajectory.values)
+                self.ends.append(trajectory.objective)
 
     def _kept(self, keep: list[int], solution: Solution) -> Mapping[str, Tensor]:
         """θ of the restarts that go on. Where their number is costly to change, copies of one hold the places of those
-        that left until three in four are gone."""
+        that left, until three in four have been gone for as many steps as a change costs."""
         if any(bool(h.any()) for h in solution.held.values()):
             for position in keep:
                 _note_floor(self.done[self.active[position]], solution.floored(position))
-        if len(keep) == len(self.active):
-            return solution.values
         places = len(next(iter(solution.values.values())))
+        wanted = len(keep)
+        if self.step.is_recorded(places):
+            self.few_for = self.few_for + 1 if 4 * len(keep) <= places else 0
+            wanted = places if self.few_for < _PATIENCE else len(keep)
+        if len(keep) == len(self.active) and wanted == places:
+            return solution.values
+        if wanted < places:
+            self.few_for = 0
         self.active = [self.active[i] for i in keep]
-        if 4 * len(keep) > places and self.step.is_recorded(places):
-            keep = keep + keep[:1] * (places - len(keep))
-        index = torch.tensor(keep)
+        index = torch.tensor(keep + keep[:1] * (wanted - len(keep)))
         return {n: v.index_select(0, index) for n, v in solution.values.items()}
 
 

@@ -7,13 +7,15 @@ responsibilities r (a chain at every step), hold every continuous site at a draw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from lvmppl.algorithms.closed_form import solve
+from lvmppl.algorithms.clusters import Labels
 from lvmppl.algorithms.evidence import CHUNK, chunks
 from lvmppl.algorithms.expected import Piece, add_up, gradient_m_step
 from lvmppl.algorithms.m_step import solve_closed
@@ -35,7 +37,6 @@ from lvmppl.errors import InputError
 from lvmppl.exact.named import Named, align
 from lvmppl.exponential import TRANSITION
 
-_KMEANS_ROWS = 2**16  # rows that the means are found on, evenly spaced; all rows are then assigned to them
 _START_STEPS = 50  # L-BFGS iterations of the M-step that turns responsibilities into parameters
 
 
@@ -77,7 +78,7 @@ def start_together(
     if not tables.is_one_piece or problem.num_rows > CHUNK or not problem.model.structure.enumerated:
         each = [start_values(problem, init, r, restarts, plan) for r in range(restarts)]
         return {n: torch.stack([own[n] for own in each]) for n in problem.theta}
-    rows = Rows(problem.num_rows)
+    rows, labelled = Rows(problem.num_rows), Labels(problem)
     with torch.no_grad():
         evaluation = problem.model.evaluate(problem.data, problem.initial, rows)
     dims = {f.site: f.dims for f in evaluation.factors}
@@ -88,7 +89,7 @@ def start_together(
         if how == "params":
             continue
         generator = _generator(problem, restart)
-        labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
+        labels = labelled(how, evaluation, generator)
         weights = _weights_of(evaluation, problem, rows, labels, 0, generator)
         q = {site: Named(weight, dims[site]) for site, weight in weights.items()}
         parts.append(tables.statistics(piece, q))
@@ -113,7 +114,9 @@ def _statistics_of(problem: Problem, plan: Plan, weights: Iterable[Piece]) -> di
 def _responsibilities(problem: Problem, how: str, restart: int) -> Iterator[Piece]:
     """The weights of every factor, chunk by chunk of the data."""
     generator = _generator(problem, restart)
-    labels = _kmeans_labels(problem, generator) if how == "kmeans" else None
+    with torch.no_grad():
+        _, evaluation = problem.model.view(problem.data, problem.initial)
+    labels = Labels(problem)(how, evaluation, generator)
     begin = 0
     for data, rows in chunks(problem):
         model = _at_draws(problem, data, rows, generator) if problem.integrates else problem.model
@@ -149,7 +152,7 @@ def _weights_of(
     evaluation: Evaluation,
     problem: Problem,
     rows: Rows,
-    labels: dict[str, Tensor] | None,
+    labels: Mapping[str, Tensor],
     begin: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
@@ -159,9 +162,9 @@ def _weights_of(
     for name, variable in evaluation.variables.items():
         time = () if variable.steps is None else (time_axis(variable.steps),)
         dims = (name, *variable.plates, *time)
-        if labels is not None and name in labels:
+        if name in labels:
             own = labels[name][begin : begin + rows.size]
-            hot = torch.nn.functional.one_hot(own, variable.size).movedim(-1, 0)
+            hot = one_hot(own, variable.size).movedim(-1, 0)
             table = 0.95 * hot.to(like) + 0.05 / variable.size
         else:
             # A random datum is attached to each state by a nearly one-hot draw; a flat Dirichlet would start all equal.
@@ -215,59 +218,3 @@ def _summed_to(named: Named, dims: Sequence[str]) -> Named:
     if not axes:
         return named
     return Named(named.tensor.sum(axes), tuple(d for d in named.dims if d in dims))
-
-
-def _kmeans_labels(problem: Problem, generator: torch.Generator) -> dict[str, Tensor]:
-    """k-means labels for every site with a state a row, and every chain with a state a row and step.
-
-    On all floating data (all data where none is), standardised; of a chain on what has an axis of its steps.
-    """
-    with torch.no_grad():
-        _, evaluation = problem.model.view(problem.data, problem.initial)
-    found: dict[tuple[int, int | None], Tensor] = {}
-    labels: dict[str, Tensor] = {}
-    for name, variable in evaluation.variables.items():
-        if variable.plates != (problem.data_plate,):
-            continue
-        key = (variable.size, variable.steps)
-        if key not in found:
-            own = _cluster(problem, variable, generator)
-            if own is None:
-                continue
-            found[key] = own
-        labels[name] = found[key]
-    return labels
-
-
-def _cluster(problem: Problem, variable: Variable, generator: torch.Generator) -> Tensor | None:
-    """[N], or [N, T] of a chain; None where the data have no such rows, or too few."""
-    from sklearn.cluster import KMeans
-
-    axes = 1 if variable.steps is None else 2
-    fitting = [
-        t for t in problem.data.values() if axes == 1 or (t.dim() > 1 and t.shape[1] == variable.steps)
-    ]
-    fitting = [t for t in fitting if t.is_floating_point()] or fitting
-    if not fitting:
-        return None
-    valid = torch.ones(fitting[0].shape[:axes], dtype=torch.bool)
-    if variable.steps is not None and variable.lengths is not None:
-        valid &= torch.arange(variable.steps) < variable.lengths.reshape(-1, 1)
-    flat = [t.reshape(valid.numel(), -1) for t in fitting]
-    kept = torch.nonzero(valid.flatten()).flatten()
-    if variable.size > len(kept):
-        return None
-    few = kept[torch.linspace(0, len(kept) - 1, min(len(kept), _KMEANS_ROWS)).long()]
-    rows = _features(flat, few)
-    mean, deviation = rows.mean(0), rows.std(0, unbiased=False).clamp_min(1e-12)
-    seed = int(torch.randint(2**31 - 1, (), generator=generator))
-    means = KMeans(variable.size, n_init=1, random_state=seed).fit(((rows - mean) / deviation).numpy())
-    labels = torch.zeros(valid.numel(), dtype=torch.long)
-    for part in kept.split(_KMEANS_ROWS):
-        found = means.predict(((_features(flat, part) - mean) / deviation).numpy())
-        labels[part] = torch.as_tensor(found, dtype=torch.long)
-    return labels.reshape(valid.shape)
-
-
-def _features(flat: Sequence[Tensor], rows: Tensor) -> Tensor:
-    return torch.cat([t.index_select(0, rows).double() for t in flat], -1)
