@@ -26,6 +26,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch import distributions as td
 from torch.distributions import constraints
@@ -184,8 +185,8 @@ def _parameters(fn: Any, family: Family) -> Iterator[tuple[Tensor, int]]:
 def _batch(tensors: Sequence[tuple[Tensor, int]]) -> tuple[int, ...] | None:
     """The broadcast batch shape of tensors, each with a number of last axes that do not count."""
     try:
-        return tuple(torch.broadcast_shapes(*(t.shape[: max(0, t.dim() - skip)] for t, skip in tensors)))
-    except RuntimeError:
+        return tuple(broadcast_shape(*(t.shape[: max(0, t.dim() - skip)] for t, skip in tensors)))
+    except ValueError:
         return None
 
 

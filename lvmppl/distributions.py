@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -93,8 +94,8 @@ class MarkovChain(TorchDistribution):
             _check_lengths(lengths, num_steps)
             shapes.append(lengths.shape)
         try:
-            batch_shape = torch.broadcast_shapes(*shapes)
-        except RuntimeError:
+            batch_shape = broadcast_shape(*shapes)
+        except ValueError:
             listing = ", ".join(str(tuple(s)) for s in shapes)
             raise InputError(
                 "MarkovChain",
@@ -154,7 +155,7 @@ class MarkovChain(TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: MarkovChain | None = None) -> MarkovChain:
         new: MarkovChain = self._get_checked_instance(MarkovChain, _instance)  # type: ignore[no-untyped-call]
-        torch.broadcast_shapes(self.batch_shape, tuple(batch_shape))
+        broadcast_shape(self.batch_shape, tuple(batch_shape))
         for name in ("states", "num_steps", "_log_initial", "_log_transition", "_lengths"):
             setattr(new, name, getattr(self, name))
         TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)
@@ -185,7 +186,7 @@ class MarkovChain(TorchDistribution):
         """log p(z) of state sequences [..., T]: what their leading axes and the batch shape broadcast to, nats."""
         if self._validate_args:
             self._validate_sample(value)
-        shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
+        shape = broadcast_shape(value.shape[:-1], self.batch_shape)
         value, valid = value.long().expand(*shape, self.num_steps), self._valid()
         if valid is not None:
             value = torch.where(valid, value, 0)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from lvmppl.density import PARTICLES, Evaluation, Factor, Variable, chain_axes, time_axis
@@ -182,7 +183,7 @@ def chain_marginals(initial: Factor, moves: Factor, variable: Variable) -> tuple
         lengths = align(Named(variable.lengths, variable.lengths_dims), plates)
         running = lengths.unsqueeze(-1) > torch.arange(1, steps, device=lengths.device)  # [*plates, T-1]
         table = table * running[..., None, None]
-    shape, size = torch.broadcast_shapes(u.shape[:-1], table.shape[:-3]), variable.size
+    shape, size = broadcast_shape(u.shape[:-1], table.shape[:-3]), variable.size
     table = (
         table.expand(*shape, steps - 1, size, size).movedim(-3, 0).reshape(steps - 1, prod(shape), size, size)
     )

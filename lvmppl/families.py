@@ -13,6 +13,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 
@@ -34,7 +35,7 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
         event = fn.reinterpreted_batch_ndims
         if event == 0:
             return base
-        shape = torch.broadcast_shapes(base.shape, fn.base_dist.batch_shape)
+        shape = broadcast_shape(base.shape, fn.base_dist.batch_shape)
         return base.expand(shape).sum(tuple(range(-event, 0)))
     if isinstance(fn, torch.distributions.OneHotCategorical):
         return log_density(fn._categorical, value.argmax(-1))
@@ -50,7 +51,7 @@ def _categorical(fn: torch.distributions.Categorical, value: Tensor) -> Tensor:
     """log p(value): the logarithm of the table, or of what is looked up in it if that is less."""
     if "probs" in fn.__dict__:
         probs = unexpanded(fn.probs, 1)
-        if math.prod(torch.broadcast_shapes(probs.shape[:-1], value.shape)) < probs.numel():
+        if math.prod(broadcast_shape(probs.shape[:-1], value.shape)) < probs.numel():
             return safe_log(_lookup(probs, value))
     return _lookup(log_table(fn), value)
 

@@ -8,6 +8,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
@@ -49,7 +50,7 @@ class GaussianChain(TorchDistribution):
                 "GaussianChain", f"transition ({size}, {size}) and noise over ({size},), as initial", got
             )
         self.initial, self.transition, self.noise, self.num_steps = initial, transition, noise, num_steps
-        shape = torch.broadcast_shapes(initial.batch_shape, noise.batch_shape)
+        shape = broadcast_shape(initial.batch_shape, noise.batch_shape)
         super().__init__(shape, torch.Size([num_steps, size]), validate_args=validate_args)
 
     @property
@@ -58,7 +59,7 @@ class GaussianChain(TorchDistribution):
 
     def expand(self, batch_shape: Sequence[int], _instance: GaussianChain | None = None) -> GaussianChain:
         new: GaussianChain = self._get_checked_instance(GaussianChain, _instance)  # type: ignore[no-untyped-call]
-        torch.broadcast_shapes(self.batch_shape, tuple(batch_shape))
+        broadcast_shape(self.batch_shape, tuple(batch_shape))
         for name in ("initial", "transition", "noise", "num_steps"):
             setattr(new, name, getattr(self, name))
         TorchDistribution.__init__(new, torch.Size(batch_shape), self.event_shape, validate_args=False)

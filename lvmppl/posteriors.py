@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from lvmppl.density import Factor, Variable, chain_axes, time_axis
@@ -373,7 +374,7 @@ class Posterior:
         for step in self._elimination.tape:
             table = gather(Named(conditional(step), step.clique.dims), step.variable, states, order)
             own = states[step.variable].unsqueeze(0)
-            shape = torch.broadcast_shapes(table.shape[1:], own.shape[1:])
+            shape = broadcast_shape(table.shape[1:], own.shape[1:])
             value = table.expand(-1, *shape).gather(0, own.expand(1, *shape)).squeeze(0)
             value = value.expand(shape[0], *(self.plate_sizes[p] if p in step.plates else 1 for p in order))
             part = self._per_datum(Named(value, ("", *order)), step.plates)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import transform_to
 
@@ -156,7 +157,7 @@ def _enumerated(view: SiteView, steps: int | None, problem: Problem) -> _Reading
     moves = _table(factors[name + MOVES], (*plates, *chain_axes(name, steps)))
     fields = {"initial": initial, "transition": moves}
     if moves.shape[-3] == max(steps - 1, 1) and torch.equal(moves, moves[..., :1, :].expand(moves.shape)):
-        batch = torch.broadcast_shapes(initial.shape[:-1], moves.shape[:-3])
+        batch = broadcast_shape(initial.shape[:-1], moves.shape[:-3])
         first = initial.unsqueeze(-2).expand(*batch, 1, -1)
         later = moves[..., 0, :].expand(*batch, -1, -1)[..., : steps - 1, :]
         fields["probs"] = torch.cat([first, later], -2)

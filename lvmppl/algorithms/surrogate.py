@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from lvmppl.density import PARTICLES, Evaluation, Factor
@@ -79,7 +80,7 @@ def stacked(draws: Sequence[Draws]) -> Draws:
         return draws[0]
 
     def together(named: Sequence[Named]) -> Named:
-        shape = torch.broadcast_shapes(*(n.tensor.shape for n in named))
+        shape = broadcast_shape(*(n.tensor.shape for n in named))
         return Named(torch.stack([n.tensor.expand(shape) for n in named]), (PARTICLES, *named[0].dims))
 
     first = draws[0]

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
-from lvmppl.density.enumeration import Enumeration, TableLimit
+from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.handlers import Answer, Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
@@ -69,10 +69,9 @@ def discover(
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = Discovery(weights, answer)
-    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING)
-    limit = TableLimit(enumeration, -1 - _SPARE_NESTING)
+    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING, limited=True)
     finite = EnumerateFinite() if program.role == "guide" else nullcontext()
-    with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite, limit:
+    with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite:
         program(data, weights)
     sites, sizes, axes = _read_sites(tracer.trace)
     plate = (

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from math import prod
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,11 +24,21 @@ _FIX = (
 
 
 class Enumeration(EnumMessenger):
-    """`poutine.enum` whose failures name the site. axes: who took each axis last (site and size), and its plates."""
+    """`poutine.enum` whose failures name the site. axes: who took each axis last (site and size), and its plates.
 
-    def __init__(self, first_available_dim: int | None = None) -> None:
+    limited: the model's own tensors are watched by `TableLimit`, from the site on with which one could be too large
+    (watching costs ten microseconds an operation).
+    """
+
+    def __init__(self, first_available_dim: int | None = None, limited: bool = False) -> None:
         super().__init__(first_available_dim)
         self.axes: dict[int, tuple[str, tuple[str, ...]]] = {}
+        self.states = 1  # of all enumerated sites together
+        self.limited, self.watching = limited, ExitStack()
+
+    def __exit__(self, *error: Any) -> Any:
+        self.watching.close()
+        return super().__exit__(*error)
 
     def _pyro_sample(self, msg: Any) -> None:
         wanted = not (msg["is_observed"] or msg["done"]) and msg["infer"].get("enumerate") == "parallel"
@@ -45,6 +57,11 @@ class Enumeration(EnumMessenger):
             raise self._too_many(msg)
         size = value.shape[axis - event] if value.dim() >= event - axis else 1
         self.axes[axis] = (f"{msg['name']} ({size})", _plates(msg))
+        self.states *= size
+        if self.limited and self.states * _ROWS > MAX_TABLE:
+            assert self.first_available_dim is not None
+            self.watching.enter_context(TableLimit(self, self.first_available_dim))
+            self.limited = False
 
     def _too_many(self, msg: Any) -> ModelError:
         return ModelError(
@@ -112,7 +129,7 @@ class TableLimit(TorchDispatchMode):
         rank = max((t.dim() for t in tensors), default=0)
         if rank < -self.first_axis:
             return
-        shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+        shape = broadcast_shape(*(t.shape for t in tensors))
         states, rest = prod(shape[: rank + self.first_axis + 1]), prod(shape[rank + self.first_axis + 1 :])
         entries = states * min(rest, _ROWS)
         if states > 1 and entries > MAX_TABLE:

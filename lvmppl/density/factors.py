@@ -11,6 +11,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
@@ -274,9 +275,7 @@ def _by_step(fn: Any, value: Tensor) -> Tensor | None:
         return None
     base = log_density(fn.base_dist, value)
     events = fn.reinterpreted_batch_ndims
-    shape = torch.broadcast_shapes(
-        base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :]
-    )
+    shape = broadcast_shape(base.shape, fn.base_dist.batch_shape[len(fn.base_dist.batch_shape) - events :])
     base = base.expand(shape)
     return base.sum(tuple(range(1 - events, 0))) if events > 1 else base
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.util import broadcast_shape
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -177,7 +178,7 @@ class Draw(Messenger):
             return fn, torch.Size()
         if len(batch) < -self.dim:
             return fn, torch.Size([particles] + [1] * (-self.dim - 1 - len(batch)))
-        target = torch.broadcast_shapes(batch, (particles,) + (1,) * (-self.dim - 1))
+        target = broadcast_shape(batch, (particles,) + (1,) * (-self.dim - 1))
         return (fn if target == batch else fn.expand(target)), torch.Size()
 
 
@@ -317,8 +318,8 @@ class CheckValues(Messenger):
 def _check_shape(msg: Any) -> None:
     fn, value = msg["fn"], msg["value"]
     try:
-        torch.broadcast_shapes(fn.batch_shape + fn.event_shape, value.shape)
-    except RuntimeError:
+        broadcast_shape(fn.batch_shape + fn.event_shape, value.shape)
+    except ValueError:
         raise ModelError(
             f"model site '{msg['name']}'",
             f"an observed value of shape {list(fn.batch_shape)} + {list(fn.event_shape)}, batch and event",
