@@ -17,6 +17,8 @@ from lvmppl.density import Values
 TAIL = 0.25  # the share of a stochastic fit's steps whose iterates are averaged
 LAST_RATE = 0.01  # what an exponential schedule leaves of the learning rate at the last step
 
+_EQUAL = 1e-13  # relative difference of objectives that rounding makes of one
+
 
 @dataclass
 class Trajectory:
@@ -29,6 +31,9 @@ class Trajectory:
     objective: float = -math.inf
     status: str = "max_steps"
     message: str = ""
+    at_floor: bool = (
+        False  # whether a variance of the last θ is held where the likelihood has no maximum beyond
+    )
     started: float = field(default_factory=time.perf_counter)
     estimators: Callable[[], str] = str  # what there is to say of the gradient's estimators
 
@@ -93,8 +98,11 @@ def run_restarts(
 
 
 def best_of(trajectories: Sequence[Trajectory]) -> Trajectory:
-    """The restart with the highest objective; one that diverged is kept only if all did."""
-    return max(trajectories, key=lambda t: (t.status != "diverged", t.objective, -t.restart))
+    """The restart with the highest objective, the first of those equal to rounding; one that diverged only if all did."""
+    sound = [t for t in trajectories if t.status != "diverged"] or trajectories
+    top = max(t.objective for t in sound)
+    slack = _EQUAL * abs(top) if math.isfinite(top) else 0.0
+    return next(t for t in sound if t.objective >= top - slack)
 
 
 def make_optimizer(name: str, leaves: Sequence[Tensor], learning_rate: float) -> torch.optim.Optimizer:

@@ -142,8 +142,8 @@ def solve(
                 total.add(key, part.reshape(1, -1))
             solved, at_floor = SOLVE[total.kind](total, result[name])
             result[name] = within(solved, specs[name].constraint)
-            if at_floor is not None:
-                held[name] = at_floor
+            if at_floor is not None:  # a bound of the constraint above the floor holds in its place
+                held[name] = at_floor & (result[name] == solved).reshape(restarts, -1).all(1)
     return Solution(result, held)
 
 

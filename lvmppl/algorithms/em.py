@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -52,8 +52,8 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
         done = run.together() if options.restarts > 1 else None
         if done is None:
             done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
-        best = best_of(done)
-        notes = [best.message, *remarks(run.plan, best.values)]
+        best = _best_of(done)
+        notes = [best.message, _higher(done, best), *remarks(run.plan, best.values)]
         best.message = "; ".join(dict.fromkeys(note for note in notes if note))
     fit = replace(finish(problem, options, done, best), m_step=run.plan.steps)
     return with_standard_errors(fit, problem) if options.standard_errors else fit
@@ -90,7 +90,7 @@ class _Run:
             return None
         with contextlib.suppress(_NotTheModel):
             done = _Batch(self, self.tables).run()
-            if self._still_holds(best_of(done).values):
+            if self._still_holds(_best_of(done).values):
                 return done
         self.tables = None
         return None
@@ -250,7 +250,7 @@ class _Batch:
             values = self._kept(keep, advanced.solution)
         for restart in self.active:
             self._leave(restart)
-        progress.finish(best_of(self.done).status)
+        progress.finish(_best_of(self.done).status)
         return self.done
 
     def _judge(self, step: int, values: Mapping[str, Tensor], objectives: list[float]) -> list[int]:
@@ -301,7 +301,8 @@ class _Batch:
     def _kept(self, keep: list[int], solution: Solution) -> Mapping[str, Tensor]:
         """θ of the restarts that go on. Where their number is costly to change, copies of one hold the places of those
         that left, until three in four have been gone for as many steps as a change costs."""
-        if any(bool(h.any()) for h in solution.held.values()):
+        held = any(bool(h.any()) for h in solution.held.values())
+        if held or any(self.done[restart].at_floor for restart in self.active):
             for position in keep:
                 _note_floor(self.done[self.active[position]], solution.floored(position))
         places = len(next(iter(solution.values.values())))
@@ -318,7 +319,29 @@ class _Batch:
         return {n: v.index_select(0, index) for n, v in solution.values.items()}
 
 
+def _best_of(done: Sequence[Trajectory]) -> Trajectory:
+    """The restart with the highest log evidence; one that ends at a floor only where all do.
+
+    Without the floor the likelihood would rise for ever there, so its height says how low the floor is, not how good the
+    fit (McLachlan & Peel 2000 choose among the maxima in the interior likewise).
+    """
+    return best_of([t for t in done if not t.at_floor and t.status != "diverged"] or done)
+
+
+def _higher(done: Sequence[Trajectory], best: Trajectory) -> str:
+    """What there is to say of restarts that ended higher than the one that is kept."""
+    passed = [t for t in done if t.at_floor and t.status != "diverged" and t.objective > best.objective]
+    if best.at_floor or not passed:
+        return ""
+    top = best_of(passed)
+    return (
+        f"restart {top.restart} ended higher ({top.objective:.4f}) with a variance at its floor, where the likelihood has "
+        "no maximum, and is not kept"
+    )
+
+
 def _note_floor(trajectory: Trajectory, floored: Collection[str]) -> None:
+    trajectory.at_floor = bool(floored)
     if floored:
         trajectory.message = f"the variance in {', '.join(sorted(floored))} is held at its floor"
 
