@@ -130,7 +130,17 @@ class IntegratedJoint(Joint):
         members: q of the continuous sites, where it is known without a run of the guide.
         """
         members = members or self.design.members(self.view_guide(data, values, rows)[0])
-        points = self.design.points(members)
+        return self.expected_at(self.design.points(members), data, values, rows, sites)
+
+    def expected_at(
+        self,
+        points: Mapping[str, Tensor],
+        data: Values,
+        values: Values,
+        rows: Rows | None = None,
+        sites: Iterable[str] | None = None,
+    ) -> Evaluation:
+        """The mean of the model's log-factors over the points of a design."""
         each = [self.factors_at(held, data, values, rows, sites) for held in points_of(points)]
         factors = [_mean(own) for own in zip(*(e.factors for e in each), strict=True)]
         return replace(each[0], factors=tuple(factors))

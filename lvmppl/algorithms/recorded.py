@@ -55,8 +55,11 @@ class Recorded:
         tape = _Tape()
         with torch.no_grad(), tape:
             self._outputs = function(self._inputs)
-        self._kept = tape.operations  # what the arrays of the calls are views of
-        self._calls = list(_calls(tape.operations, self._inputs.values()))
+        repeated = list(_repeated(tape.operations, self._inputs.values()))
+        made = (t.numel() for *_, result in repeated for t in _tensors(result))
+        self.largest = max(made, default=0)
+        """Entries of the largest tensor that is written anew at every call."""
+        self._calls = [_call(*operation) for operation in repeated]
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
         """The outputs; None where the function would have branched otherwise."""
@@ -75,7 +78,7 @@ class Recorded:
         return {n: v.clone() for n, v in self._outputs.items()}
 
 
-def _calls(operations: Sequence[tuple[Any, ...]], inputs: Iterable[Tensor]) -> Iterator[Call]:
+def _repeated(operations: Sequence[tuple[Any, ...]], inputs: Iterable[Tensor]) -> Iterator[tuple[Any, ...]]:
     """The operations that depend on the inputs, or write to memory that is written to twice."""
     rewritten = {_memory(args[0]) for func, args, _, _ in operations if _writes_first(func)}
     changing = {_memory(t) for t in inputs}
@@ -86,7 +89,7 @@ def _calls(operations: Sequence[tuple[Any, ...]], inputs: Iterable[Tensor]) -> I
             continue
         changing |= made
         if _writes_first(func) or not made or not made <= read:
-            yield _call(func, args, kwargs, result)
+            yield func, args, kwargs, result
 
 
 def _writes_first(func: Any) -> bool:

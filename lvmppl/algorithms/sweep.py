@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.algorithms.conjugate import Natural, is_proper
+from lvmppl.algorithms.expectation import Expectations
 from lvmppl.algorithms.guide_fields import CONTINUOUS, STEPS, Block
 from lvmppl.algorithms.integrated import Design, IntegratedJoint, points_of
 from lvmppl.algorithms.problem import Problem
@@ -81,6 +82,8 @@ class Sweep:
             factors = [f for n, v in self._views.items() if n in self.own.variables for f in v.factors()]
         self.sites = frozenset(self.own.variables)
         self.weights = GuideWeights(factors, self.own.variables, self.sites)
+        integrated = self.joint if isinstance(self.joint, IntegratedJoint) else None
+        self._expectations = Expectations(integrated, self.data, self.rows) if integrated else None
         self._frame: Evaluation | None = None
         self._factors: dict[str, list[Factor]] = {}  # E log p of the model's sites over the continuous sites
         self._apart: set[str] = set()  # the model's sites without a factor over enumerated ones
@@ -154,11 +157,10 @@ class Sweep:
         structure, plate = self.plan.problem.model.structure, self.plan.problem.data_plate
         missing = [n for n in structure.sites if n not in self._factors and n not in self._apart]
         if missing:
-            joint = self.joint
-            if isinstance(joint, IntegratedJoint):
-                found = joint.expected_factors(self.data, self.values, self.rows, missing, self.members)
+            if self._expectations is not None:
+                found = self._expectations(self.values, missing, self.members)
             else:
-                found = joint.evaluate(self.data, self.values, self.rows)
+                found = self.joint.evaluate(self.data, self.values, self.rows)
             self._frame = self._frame or replace(
                 found,
                 variables={**self.own.variables, **found.variables},
