@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lvmppl.algorithms import INFER
-from lvmppl.algorithms.evidence import exact_posterior
+from lvmppl.algorithms.evidence import CHUNK, exact_posterior
 from lvmppl.algorithms.heldout import serve
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import LIFTING, Problem, Progress, build_problem
 from lvmppl.continuous_posteriors import ContinuousPosterior
-from lvmppl.density import derive_seed, isolated
+from lvmppl.density import derive_seed, isolated, num_rows
 from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
 from lvmppl.options import Options, VEMOptions, parse_options
@@ -103,7 +103,7 @@ def posterior(
             data_plate=data_plate,
             start=parameters,
             lift=tuple(parameters or ()),
-            keep_trace=True,
+            keep_first=num_rows(tensors) <= CHUNK,
         )
         unknown = [n for n in parameters or () if n not in problem.theta]
         if unknown:

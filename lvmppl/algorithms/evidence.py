@@ -124,8 +124,8 @@ def _evaluations(problem: Problem, values: Values) -> Iterator[Evaluation]:
     for data, rows in chunks(problem):
         with torch.no_grad():
             of_all = rows.size == problem.model.structure.num_rows
-            if problem.trace is not None and values is problem.initial and of_all:
-                found = problem.model.evaluation_of(problem.trace, rows)
+            if problem.first is not None and values is problem.initial and of_all:
+                found = problem.first
             else:
                 found = problem.model.evaluate(data, values, rows)
         own = (f for f in found.factors if f.site not in sites or sites[f.site].kind != "parameter")

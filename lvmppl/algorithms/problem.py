@@ -12,6 +12,7 @@ from torch.distributions import constraints
 
 from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.density import (
+    Evaluation,
     Joint,
     ParameterSpec,
     Program,
@@ -68,7 +69,7 @@ class Problem:
     guide_name: str | None = None
     progress: Progress = field(default_factory=Silent)
     rebuild_guide: Mapping[str, Any] | None = None  # what `build_problem` builds the guide of other rows from
-    trace: Any = None  # the model's first run, on all rows at `initial`, if it was kept
+    first: Evaluation | None = None  # of the model's first run, on all rows at `initial`, if it was kept
 
     @property
     def num_rows(self) -> int:
@@ -139,13 +140,13 @@ def build_problem(
     seed: int = 0,
     progress: Progress | None = None,
     lift: bool | Collection[str] = False,
-    keep_trace: bool = False,
+    keep_first: bool = False,
 ) -> Problem:
     """Trace the model (and guide) once and bind them to the data.
 
     start: values that replace the model's or guide's own start, by name. A guide that `guide_takes_model` is built here,
     once, from the model and `guide_args`. lift: which global continuous latents are fitted as parameters, see `discover`.
-    keep_trace: whether the first run of the model stays with the problem, for an evaluation at `initial` without another.
+    keep_first: whether the first run of the model stays with the problem, as an evaluation at `initial` without another.
 
     Raises:
         ModelError: the model or guide raises or breaks the contract, or their sites do not match.
@@ -179,7 +180,11 @@ def build_problem(
         known = f"parameters of the model or guide ({', '.join(initial) or 'there are none'})"
         raise InputError("freeze", known, ", ".join(map(shown, unknown)), nearest(unknown[0], initial))
     joint = Joint(program, structure)
-    check_steps(joint, data, initial)
+    first: Evaluation | None = None
+    if keep_first and _stands_at_start(structure, program, given) and not structure.continuous:
+        with torch.no_grad():
+            first = joint.evaluation_of(trace, Rows(structure.num_rows))
+    check_steps(joint, data, initial, first)
     return Problem(
         name,
         joint,
@@ -191,7 +196,7 @@ def build_problem(
         guide_name,
         progress if progress else Silent(),
         rebuild,
-        trace if keep_trace and _stands_at_start(structure, program, given) else None,
+        first,
     )
 
 

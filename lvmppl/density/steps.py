@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.handlers import EnumerateChains, Paths
 from lvmppl.density.isolation import unvalidated
 from lvmppl.density.joint import Joint
-from lvmppl.density.structure import Factor, Rows, Values, Variable, time_axis
+from lvmppl.density.structure import Evaluation, Factor, Rows, Values, Variable, time_axis
 from lvmppl.errors import ModelError
 
 _ROWS = 8  # evaluated again, spread over all
 _STEPS = 2048  # in all sequences together: few where they are long, for a distribution over V symbols each weighs T·V
 
 
-def check_steps(joint: Joint, data: Values, values: Values) -> None:
+def check_steps(joint: Joint, data: Values, values: Values, known: Evaluation | None = None) -> None:
     """Refuse a model in which an observation at step t depends on other states of its chain than z_t.
+
+    known: the model at `values` on all rows, its chains enumerated, where nothing of it was drawn.
 
     Raises:
         ModelError: names the site and the chain.
@@ -37,17 +40,35 @@ def check_steps(joint: Joint, data: Values, values: Values) -> None:
     structure = joint.structure
     if not any(structure.sites[n].family == "MarkovChain" for n in structure.enumerated):
         return
-    rows = Rows(num_rows(data))
-    if structure.data_plate is not None and rows.size > _ROWS:
+    rows, plate = Rows(num_rows(data)), structure.data_plate
+    if plate is not None and rows.size > _ROWS:
         indices = torch.linspace(0, rows.size - 1, _ROWS).long()
         rows, data = Rows(rows.size, indices), {k: v[indices] for k, v in data.items()}
+        known = known and _at_rows(known, plate, indices)
     pinned = _Pinned(joint.first_available_dim)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), unvalidated():
-        first = _Probe(joint, pinned, None).evaluate(data, values, rows)
+        first = known or _Probe(joint, pinned, None).evaluate(data, values, rows)
         again = _Probe(joint, pinned, sequences).evaluate(data, values, rows)
         for before, after in zip(first.factors, again.factors, strict=True):
             _compare(before, after, first.variables)
             _check_masked(before, first.variables)
+
+
+def _at_rows(evaluation: Evaluation, plate: str, indices: Tensor) -> Evaluation:
+    """Some rows of an evaluation: its factors and lengths (their scales are not looked at)."""
+
+    def picked(tensor: Tensor, dims: tuple[str, ...]) -> Tensor:
+        if plate not in dims:
+            return tensor
+        axis = dims.index(plate)
+        return tensor.movedim(axis, 0)[indices].movedim(0, axis)  # index_select would copy the whole of a permuted one
+
+    factors = tuple(replace(f, log_prob=picked(f.log_prob, f.dims)) for f in evaluation.factors)
+    variables = {
+        n: v if v.lengths is None else replace(v, lengths=picked(v.lengths, v.lengths_dims))
+        for n, v in evaluation.variables.items()
+    }
+    return replace(evaluation, factors=factors, variables=variables)
 
 
 class _Pinned(Messenger):
@@ -89,7 +110,7 @@ class _Probe(Joint):
 
 def sequences(steps: int, states: int) -> Tensor:
     """Sequences of states [M, T]: random ones, ones whose neighbours differ, and ones whose halves differ, in turn."""
-    count = 1 if states == 1 else max(4, min(3 * states, _STEPS // steps))
+    count = 1 if states == 1 else max(3, min(3 * states, _STEPS // steps // 3 * 3))
     generator, t = torch.Generator().manual_seed(steps), torch.arange(steps)
     kinds = (
         lambda _: torch.randint(states, (steps,), generator=generator),
