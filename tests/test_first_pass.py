@@ -56,7 +56,7 @@ def counted(model: Callable[..., None]) -> tuple[Callable[..., None], list[int]]
 
 @pytest.mark.parametrize(("model", "runs"), [(mixture, 1), (coupled, 1), (chain, 2)])
 def test_discrete_model_runs_once_whatever_is_asked(model: Callable[..., None], runs: int) -> None:
-    """A chain's observations are looked at once more, on a few rows and sequences: whether they depend on their own step alone."""
+    """A chain's observations are looked at once more, on a few rows: whether they depend on their own step alone."""
     program, rows = counted(model)
     post: Any = lvmppl.posterior(program, {"x": X})
     post.marginal("z"), post.mode(), post.sample(3), post.entropy(), post.log_prob(post.mode().states)

@@ -61,7 +61,9 @@ def _at_rows(evaluation: Evaluation, plate: str, indices: Tensor) -> Evaluation:
         if plate not in dims:
             return tensor
         axis = dims.index(plate)
-        return tensor.movedim(axis, 0)[indices].movedim(0, axis)  # index_select would copy the whole of a permuted one
+        return tensor.movedim(axis, 0)[indices].movedim(
+            0, axis
+        )  # index_select would copy the whole of a permuted one
 
     factors = tuple(replace(f, log_prob=picked(f.log_prob, f.dims)) for f in evaluation.factors)
     variables = {
