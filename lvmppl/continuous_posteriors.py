@@ -191,7 +191,7 @@ class ContinuousPosterior:
     # ------------------------------------------------------------------------- mode, samples, log-probabilities
 
     def mode(self) -> Mode:
-        """The highest point of p(z, c | x) over configurations and continuous values, and its log density."""
+        """The highest point of p(z, c | x) over configurations (of ties the first) and values z; its log density."""
         if self.summed is not None:
             return self._mode_with_summed(self.summed)
         if isinstance(self.kernel, QuadraturePosterior):
@@ -424,7 +424,7 @@ def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFra
             "position": pd.Series([",".join(map(str, i[1:] if local else i)) for i in index], dtype="string"),
             "state": pd.array([pd.NA] * count, dtype="Int64"),
             "probability": math.nan,
-            "mean": mean.reshape(-1).double().numpy(),
-            "sd": sd.reshape(-1).double().numpy(),
+            "mean": mean.reshape(-1).double().cpu().numpy(),
+            "sd": sd.reshape(-1).double().cpu().numpy(),
         }
     )

@@ -69,7 +69,8 @@ class Reading:
 
     def statistics(self, dtype: torch.dtype | None = None) -> tuple[Named, ...]:
         """a and b, or x: the value as the kind sees it, named."""
-        parts = self.family.statistics(self.value, self.known)
+        value = self.value.to(self.dtype) if self.value.dtype == torch.bool else self.value
+        parts = self.family.statistics(value, self.known)
         return tuple(self.named(p.to(dtype or self.dtype), self.core_rank) for p in parts)
 
     def base(self) -> Named | None:

@@ -22,6 +22,7 @@ from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
 from lvmppl.options import Options, VEMOptions, parse_options
 from lvmppl.posteriors import Posterior
+from lvmppl.wording import listed, nearest
 
 Data = Mapping[str, Any]
 
@@ -87,6 +88,7 @@ def posterior(
 ) -> Posterior | ContinuousPosterior:
     """The exact posterior p(z | x; θ) and log evidence, at `parameters` or at the model's own start.
 
+    Parameters that are left out stand at the model's own start.
     A global latent site that `parameters` names is a parameter (what `em` and `enumeration` make of it): it stands at
     that value, and its prior is not part of the log evidence.
 
@@ -107,9 +109,18 @@ def posterior(
         )
         unknown = [n for n in parameters or () if n not in problem.theta]
         if unknown:
-            listing = ", ".join(problem.theta) or "it has none"
-            raise InputError("parameters", f"parameters of the model ({listing})", ", ".join(unknown))
+            raise _unknown_parameters(unknown, list(problem.theta))
         return exact_posterior(problem, problem.initial)
+
+
+def _unknown_parameters(unknown: list[str], known: list[str]) -> InputError:
+    """Every name that the model has not, each beside the one most like it."""
+    alike = [(name, nearest(name, known)) for name in unknown]
+    got = listed(f"'{name}'" + (f" ({guess})" if guess else "") for name, guess in alike)
+    expected = (
+        f"parameters of the model ({listed(known)})" if known else "nothing: the model has no parameter"
+    )
+    return InputError("parameters", expected, got, "leave out what is to stand at the model's own start")
 
 
 def variational_posterior(
@@ -163,7 +174,7 @@ def as_tensors(data: Data) -> dict[str, Tensor]:
                 warnings.catch_warnings()
             ):  # nothing writes to the data, a memory map opened for reading among them
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                tensor = torch.as_tensor(value)
+                tensor = value if isinstance(value, Tensor) else torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"data['{name}']", "a tensor or an array of numbers", type(value).__name__

@@ -27,7 +27,7 @@ def probability_frame(
     frame["state"] = pd.array(index[:, -1].numpy(), dtype="Int64")
     impossible = (probs.sum(-1, keepdim=True) == 0).expand(shape)
     values = torch.where(impossible, torch.nan, probs)
-    frame["probability"] = values.reshape(-1).double().numpy()
+    frame["probability"] = values.reshape(-1).double().cpu().numpy()
     frame["mean"] = float("nan")
     frame["sd"] = float("nan")
     return frame

@@ -210,6 +210,10 @@ class Posterior:
 
     # ------------------------------------------------------------------------- mode, samples, log-probabilities
 
+    @property
+    def _device(self) -> torch.device:
+        return self.factors[0].log_prob.device
+
     def mode(self) -> Mode:
         """The joint maximum a posteriori assignment z* and log p(z* | x); ties go to the lowest state.
 
@@ -250,7 +254,7 @@ class Posterior:
                 f"probability 0 for {self._impossible}",
                 "leave those rows out, or mend the zeros of the model",
             )
-        generator = torch.Generator(device=self.factors[0].log_prob.device).manual_seed(seed)
+        generator = torch.Generator(device=self._device).manual_seed(seed)
 
         def draw(logits: Tensor) -> Tensor:
             weights = (logits - logits.amax(0).nan_to_num(neginf=0.0)).exp().cumsum(0)
@@ -365,7 +369,7 @@ class Posterior:
             if variable.steps is not None:
                 continue
             shape = [num_samples, *(self.plate_sizes[p] if p in variable.plates else 1 for p in order)]
-            chosen.setdefault(name, torch.zeros(shape, dtype=torch.long))
+            chosen.setdefault(name, torch.zeros(shape, dtype=torch.long, device=self._device))
         return chosen
 
     def _log_prob_of(self, states: Mapping[str, Tensor]) -> Tensor:
@@ -482,8 +486,10 @@ class Posterior:
             return frame
         shape = [self.plate_sizes[p] for p in variable.plates]
         lengths = align(Named(variable.lengths, variable.lengths_dims), variable.plates).expand(shape)
-        inside = torch.arange(variable.steps) < lengths.unsqueeze(-1)  # rows beyond a length do not exist
-        return frame[inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size).reshape(-1).numpy()]
+        steps = torch.arange(variable.steps, device=lengths.device)
+        inside = steps < lengths.unsqueeze(-1)  # rows beyond a length do not exist
+        kept = inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size)
+        return frame[kept.reshape(-1).cpu().numpy()]
 
 
 def _detached(factor: Factor) -> Factor:

@@ -108,12 +108,39 @@ def untagged_chain(x: Tensor) -> None:
         pyro.sample("x", dist.Normal(LOC[z], 1.0).to_event(1), obs=x)
 
 
+def elsewhere(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(PRIOR), infer=ENUMERATED)
+    with pyro.plate("others", 3):
+        pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=x[:3])
+
+
+def outside(x: Tensor) -> None:
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(PRIOR), infer=ENUMERATED)
+        pyro.sample("x", dist.Normal(LOC[z], 1.0), obs=x)
+    pyro.sample("y", dist.Normal(LOC[z], 1.0), obs=x[0])
+
+
 CASES: dict[str, tuple[Callable[[Tensor], None], Tensor, type[InputError], str]] = {
     "two plates on one dim": (
         colliding,
         GRID,
         ModelError,
-        r'plates "inner" and "data", collide at dim=-1 .*; give every plate an axis of its own.*dim=-2',
+        r"model 'colliding' at .*: expected an axis of its own for every plate, got dim=-1 for both 'data' and 'inner', "
+        r"which is entered inside it; write pyro\.plate\('data', …, dim=-2\)",
+    ),
+    "a state of another plate": (
+        elsewhere,
+        X,
+        ModelError,
+        r"site 'x' in plate others: expected .*, got a dependence on site 'z' of plate data; sample 'x' inside",
+    ),
+    "a state of a plate that is left": (
+        outside,
+        X,
+        ModelError,
+        r"site 'y' outside of all plates: expected .*, got a dependence on site 'z' of plate data",
     ),
     "an axis that no plate declares": (
         undeclared,

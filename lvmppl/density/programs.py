@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -99,6 +100,14 @@ def as_model_error(role: str, function: Callable[..., Any], error: BaseException
     if shipped:  # there is nothing to mend in it
         where, expected = f"{role} '{name}'", "arguments and data that it accepts"
         return ModelError(where, expected, got, f"change the {role}'s args, or the data")
+    if clash := _CLASH.search(detail):
+        inner, outer, dim = clash.groups()
+        return ModelError(
+            f"{role} '{name}' at {place}",
+            "an axis of its own for every plate",
+            f"dim={dim} for both '{outer}' and '{inner}', which is entered inside it",
+            f"write pyro.plate('{outer}', …, dim={int(dim) - 1}), further left than the plates inside",
+        )
     return ModelError(
         f"{role} '{name}' at {place}",
         f"a {role} that runs on these data",
@@ -108,9 +117,10 @@ def as_model_error(role: str, function: Callable[..., Any], error: BaseException
     )
 
 
+_CLASH = re.compile(r'plates "([^"]+)" and "([^"]+)",? collide at dim=(-?\d+)')
+
 # by a part of Pyro's own message
 _FIXES = {
-    "collide at dim": "give every plate an axis of its own, the outer ones further left: pyro.plate(…, dim=-2)",
     "Shape mismatch inside plate": "give the site the plate's size at the plate's dim, or make that axis part of the event"
     " with .to_event(1)",
 }

@@ -248,7 +248,7 @@ def _log_joint(chain: Chain, states: Tensor) -> Tensor:
     if states.shape[-2:] != (batch, steps):
         raise InputError("states", f"a shape ending in {(batch, steps)}", str(tuple(states.shape)))
     valid = chain.valid()
-    inside = torch.ones((), dtype=torch.bool) if valid is None else valid.T
+    inside = torch.ones((), dtype=torch.bool, device=states.device) if valid is None else valid.T
     states = torch.where(inside, states, 0)
     rows = torch.arange(batch, device=states.device)
     unary = likelihood[rows.unsqueeze(-1), torch.arange(steps, device=states.device), states]
@@ -262,7 +262,10 @@ def _log_joint(chain: Chain, states: Tensor) -> Tensor:
 def _viterbi(chain: Chain) -> tuple[Tensor, Tensor]:
     batch, _, states = chain.log_likelihood.shape
     size = max(1, _PAIRS_AT_ONCE // states**2)
-    paths = [_best_paths(chain.rows(rows)) for rows in torch.arange(batch).split(size)]
+    paths = [
+        _best_paths(chain.rows(rows))
+        for rows in torch.arange(batch, device=chain.log_likelihood.device).split(size)
+    ]
     best = torch.cat(paths)
     value = _log_joint(chain.double(), best)
     return torch.where(value.unsqueeze(-1) > -torch.inf, best, 0), value.to(chain.log_likelihood.dtype)

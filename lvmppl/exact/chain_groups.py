@@ -102,7 +102,9 @@ class Group:
             else:
                 place = [1] * len(shape)
                 place[1 + plates.index(dim)] = plate_sizes[dim]
-                index.append(torch.arange(plate_sizes[dim]).reshape(place).expand(shape))
+                index.append(
+                    torch.arange(plate_sizes[dim], device=emission.device).reshape(place).expand(shape)
+                )
 
         def pick(tensor: Tensor) -> Tensor:
             if tensor.shape[0] == 1 and prod(self.sizes) != 1:

@@ -82,6 +82,11 @@ class LogJointOfModel:
         self.plate = joint.structure.data_plate
         self._manner = manner or _Manner(False if layout.discrete or layout.summed else None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the data are."""
+        return next(iter(self.data.values())).device if self.data else torch.get_default_device()
+
     def of_rows(self, index: Tensor) -> LogJointOfModel:
         """The log joint of some data only (rows of the data plate by index), for blocks of a local layout."""
         assert self.layout.local and self.plate is not None

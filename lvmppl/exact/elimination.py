@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.density import MAX_TABLE, Factor, Variable
-from lvmppl.errors import IntractableError
+from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.chains import has_chains, sum_out
 from lvmppl.exact.named import Named, add, align, log_sum_exp, sizes_of, union
 from lvmppl.exact.scales import UNIT, common_scale, ratio, scale_of, times
@@ -199,6 +199,25 @@ def _common_scale(component: Sequence[Term]) -> Named:
     return common_scale(own, (d for t in component for d in t.named.dims)) if own else UNIT
 
 
+def _check_reach(factors: Sequence[Factor], variables: Mapping[str, Variable]) -> None:
+    """A factor holds sites of its own plates and of those around it alone: of a plate outside of it, which element?"""
+    for factor in factors:
+        for name in factor.dims:
+            beyond = set(variables[name].plates) - factor.plates if name in variables else None
+            if beyond:
+                own = (
+                    f"in plate {', '.join(sorted(factor.plates))}"
+                    if factor.plates
+                    else "outside of all plates"
+                )
+                raise ModelError(
+                    f"site '{factor.site}' {own}",
+                    "to depend on sites of its own plates and of those around them",
+                    f"a dependence on site '{name}' of plate {', '.join(sorted(beyond))}",
+                    f"sample '{factor.site}' inside that plate too, and give sibling plates axes of their own by dim=",
+                )
+
+
 def eliminate(
     factors: Sequence[Factor],
     variables: Mapping[str, Variable],
@@ -218,9 +237,11 @@ def eliminate(
     straight_through: a scale acts on values but not on gradients, so that ∂ log Z/∂ f are marginals of one copy.
 
     Raises:
+        ModelError: a factor depends on a site of a plate that it does not stand in.
         IntractableError: a table would pass `MAX_CLIQUE` entries, or plates that are not nested like a tree.
         ModelError: factors of one component carry different scales.
     """
+    _check_reach(factors, variables)
     if has_chains(variables):
         factors, variables = sum_out(factors, variables, plate_sizes, maximise)
     run = _Eliminator(variables, plate_sizes, data_plate, keep, first, maximise, straight_through)

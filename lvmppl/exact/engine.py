@@ -69,7 +69,11 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
 def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
     """The sites that depend on the continuous ones, with their families."""
     rows, dim = log_joint.layout.rows(log_joint.plate), log_joint.layout.dim
-    z = torch.linspace(-1.0, 1.0, 2 * dim).reshape(2, *[1] * len(rows), dim).expand(2, *rows, dim)
+    z = (
+        torch.linspace(-1.0, 1.0, 2 * dim, device=log_joint.device)
+        .reshape(2, *[1] * len(rows), dim)
+        .expand(2, *rows, dim)
+    )
     transform = log_joint.layout.transform
     sites = log_joint.joint.structure.sites
     found = log_joint.dependent(z if transform is None else transform(z))
@@ -109,7 +113,9 @@ def _search(log_joint: LogJointOfModel, rows: tuple[int, ...], dtype: torch.dtyp
     dim = log_joint.layout.dim
     opaque = [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f in _OPAQUE]
     density = unconstrained(log_joint, log_joint.layout.transform)
-    starts = 3.0 * torch.cat([torch.zeros(1, dim), torch.eye(dim), -torch.eye(dim)]).to(dtype)
+    starts = 3.0 * torch.cat([torch.zeros(1, dim), torch.eye(dim), -torch.eye(dim)]).to(
+        log_joint.device, dtype
+    )
     starts = starts.reshape(-1, *[1] * len(rows), dim).expand(-1, *rows, dim)
     sums = sums_of(density, starts[1:2])
     found = modes_of_terms(density, sums, starts) if sums.sizes else None
@@ -136,7 +142,12 @@ def _solve(
         if steps is not None:
             try:
                 path = state_space_posterior(
-                    _flat_path(log_joint, layout.dim), rows, steps, layout.dim // steps, dtype=dtype
+                    _flat_path(log_joint, layout.dim),
+                    rows,
+                    steps,
+                    layout.dim // steps,
+                    dtype=dtype,
+                    device=log_joint.device,
                 )
                 return (
                     Path(path),
@@ -150,7 +161,7 @@ def _solve(
                 no_path = f", and log p(x, z) is no path ({error.got})"
         if layout.dim <= MAX_DENSE:
             try:
-                found = gaussian_posterior(log_joint, rows, layout.dim, dtype=dtype)
+                found = gaussian_posterior(log_joint, rows, layout.dim, dtype=dtype, device=log_joint.device)
                 suspects = _not_gaussian(log_joint) if layout.dim <= QUADRATURE_DIMS else []
                 if suspects:
                     raise NotQuadratic(
@@ -188,6 +199,7 @@ def _solve(
         wary=bool(search.opaque) or not search.every_term,
         select=chosen,
         dtype=dtype,
+        device=log_joint.device,
     )
     plural = "" if layout.dim == 1 else "s"
     text = f"quadrature over {names} ({layout.dim} dimension{plural} a row){given}: {why}"
@@ -212,7 +224,9 @@ class _Selected:
         full = z.new_zeros(z.shape[0], count, len(self.unique), z.shape[-1])
         # Rows of other configurations stand at the same datum's point: any valid value will do, it is not read back.
         full[:, :, self.position] = z.unsqueeze(1)
-        full = full.index_put((torch.arange(len(z)).unsqueeze(-1), self.configuration, self.position), z)
+        full = full.index_put(
+            (torch.arange(len(z), device=z.device).unsqueeze(-1), self.configuration, self.position), z
+        )
         shaped = full.reshape(z.shape[0], *self.layout.discrete_sizes, len(self.unique), z.shape[-1])
         table = self.log_joint(shaped).reshape(z.shape[0], count, len(self.unique))
         return table[:, self.configuration, self.position]

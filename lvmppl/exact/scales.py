@@ -19,7 +19,9 @@ from lvmppl.exact.named import Named, align, union
 def scale_of(factor: Factor) -> Named:
     """A factor's scale with its axes."""
     scale = factor.scale
-    return Named(scale if isinstance(scale, Tensor) else torch.tensor(float(scale)), factor.scale_dims)
+    if not isinstance(scale, Tensor):
+        scale = torch.tensor(float(scale), device=factor.log_prob.device)
+    return Named(scale, factor.scale_dims)
 
 
 def common_scale(scales: Iterable[Named], sites: Iterable[str]) -> Named:
@@ -60,7 +62,7 @@ def times(named: Named, scale: Named, straight_through: bool = False) -> Named:
     dims = union((named.dims, scale.dims))
     plain = align(named, dims)
     factor = align(scale, dims).to(plain.dtype)
-    scaled = torch.where(factor == 0, torch.zeros((), dtype=plain.dtype), plain * factor)
+    scaled = torch.where(factor == 0, plain.new_zeros(()), plain * factor)
     if straight_through:
         difference = torch.where(torch.isfinite(plain), (scaled - plain).detach(), 0.0)
         scaled = plain + difference
@@ -86,4 +88,4 @@ def relative_to(scale: Named, factors: Iterable[Factor]) -> list[Factor]:
     return [replace(f, scale=own.tensor, scale_dims=own.dims) for f, own in parts]
 
 
-UNIT = Named(torch.ones(()), ())
+UNIT = Named(torch.ones(()), ())  # a scalar of the CPU goes with tensors of any device
