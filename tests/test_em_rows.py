@@ -85,7 +85,7 @@ def test_em_step_with_known_errors_equals_means_weighed_by_row(size: int) -> Non
 
 @SIZES
 def test_em_step_with_weights_chosen_by_the_data_equals_frequencies_by_group(size: int) -> None:
-    """In closed form on rows that are all probed, by gradient on more."""
+    """Whether all rows are probed or not; in one piece or several."""
 
     def model(x: Tensor, group: Tensor) -> None:
         table = pyro.param("table", lambda: simplex(3, 2), constraint=constraints.simplex)
@@ -95,14 +95,63 @@ def test_em_step_with_weights_chosen_by_the_data_equals_frequencies_by_group(siz
             pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
 
     x, group = two_groups(size), torch.arange(size) % 3
-    fit = lvmppl.fit(
-        model, {"x": x, "group": group}, algorithm="em", max_steps=1, tolerance=1e-12, m_steps=60
-    )
+    fit = lvmppl.fit(model, {"x": x, "group": group}, algorithm="em", max_steps=1)
     q = responsibilities(x.numpy(), simplex(3, 2).numpy()[group.numpy()].T, 1.0)
     expected = np.stack([q[:, group.numpy() == g].mean(1) for g in range(3)])
-    exact = size <= PROBE_ROWS
-    np.testing.assert_allclose(fit.parameters["table"], expected, rtol=1e-9 if exact else 1e-4)
-    assert {s.parameter: s.how for s in fit.m_step}["table"] == ("closed-form" if exact else "gradient")
+    np.testing.assert_allclose(fit.parameters["table"], expected, rtol=1e-9)
+    assert {s.how for s in fit.m_step} == {"closed-form"}
+
+
+@SIZES
+def test_em_step_of_all_that_the_data_choose_equals_the_updates_by_group(size: int) -> None:
+    """Locations, scales and labels by group; the last group where rows are not probed, if there are any."""
+
+    def model(x: Tensor, label: Tensor, group: Tensor) -> None:
+        mixing = weights(2)
+        low = pyro.param("low", lambda: torch.arange(4.0).reshape(2, 2).double())
+        high = pyro.param("high", lambda: torch.arange(4.0, 8.0).reshape(2, 2).double())
+        loc = torch.cat([low, high])
+        scale = pyro.param(
+            "scale", lambda: torch.linspace(0.5, 2, 4).double(), constraint=constraints.positive
+        )
+        table = pyro.param("table", lambda: simplex(4, 2, 3), constraint=constraints.simplex)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(mixing), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(loc[group, z], scale[group]), obs=x)
+            words = dist.Categorical(table[group, z].unsqueeze(-2))  # the same for both labels of a row
+            pyro.sample("label", words.to_event(1), obs=label)
+
+    group = torch.arange(size) % 3
+    if size <= PROBE_ROWS:
+        group[::5] = 3
+    else:
+        hidden = torch.ones(size, dtype=torch.bool)
+        hidden[probe_indices(size)] = False
+        group[hidden] = 3
+    x, label = two_groups(size) + 2 * group, torch.arange(2 * size).reshape(size, 2) // 3 % 3
+    fit = lvmppl.fit(model, {"x": x, "label": label, "group": group}, algorithm="em", max_steps=1)
+    assert {s.parameter: s.how for s in fit.m_step} == dict.fromkeys(
+        ("weights", "low", "high", "scale", "table"), "closed-form"
+    )
+    xs, g, own = x.numpy(), group.numpy(), label.numpy()
+    start, spread = np.arange(8.0).reshape(4, 2), np.linspace(0.5, 2, 4)[g]
+    table = simplex(4, 2, 3).numpy()
+    joint = (
+        simplex(2).numpy()[:, None]
+        * stats.norm.pdf(xs, start[g].T, spread)
+        * table[g[:, None], :, own].prod(1).T
+    )
+    q = joint / joint.sum(0)
+    for k in range(4):
+        here = g == k
+        loc = q[:, here] @ xs[here] / q[:, here].sum(1)
+        square = (q[:, here] * (xs[here] - loc[:, None]) ** 2).sum() / here.sum()
+        counts = np.stack([q[:, here] @ (own[here] == v).sum(1) for v in range(3)], -1)
+        np.testing.assert_allclose(fit.parameters["high" if k > 1 else "low"][k % 2], loc, rtol=1e-9)
+        np.testing.assert_allclose(fit.parameters["scale"][k], np.sqrt(square), rtol=1e-9)
+        np.testing.assert_allclose(
+            fit.parameters["table"][k], counts / counts.sum(-1, keepdims=True), rtol=1e-9
+        )
 
 
 def test_lookup_that_rows_between_the_probed_ones_contradict_is_left_to_the_gradient() -> None:

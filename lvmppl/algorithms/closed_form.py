@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,6 +48,13 @@ class ClosedSite:
     residual: bool = (
         False  # whether the location is computed: squares are taken about it, at the θ of the moment
     )
+    by_row: str | None = None  # the data plate, where the data choose an entry: statistics keep their rows
+
+    def at_rows(self, rows: Tensor) -> ClosedSite:
+        """The site on some rows of the data."""
+        if self.by_row is None:
+            return self
+        return replace(self, lookups={k: f.at_rows(self.by_row, rows) for k, f in self.lookups.items()})
 
     @functools.cached_property
     def sizes(self) -> dict[str, int]:

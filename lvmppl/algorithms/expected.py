@@ -102,7 +102,7 @@ def add_up(
             reading = read_factor(views, site.name, site.kind)
             assert reading is not None, "a site's family does not change between steps"
             part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
-            statistics[site.name] = add_statistics(statistics.get(site.name), part)
+            statistics[site.name] = add_statistics(statistics.get(site.name), part, site.by_row)
 
 
 def residual_statistics(
@@ -119,7 +119,7 @@ def residual_statistics(
                 view = views[site.name] if site.name in views else views[site.name.removesuffix(TRANSITION)]
                 dims = next(f.dims for f in view.factors() if f.site == site.name)
                 part = accumulate(reading, Named(piece.q[site.name], dims), site.keep, None)
-                statistics[site.name] = add_statistics(statistics.get(site.name), part)
+                statistics[site.name] = add_statistics(statistics.get(site.name), part, site.by_row)
     return statistics
 
 

@@ -17,8 +17,16 @@ from lvmppl.algorithms.closed_form import Solution, solve
 from lvmppl.algorithms.evidence import chunks
 from lvmppl.algorithms.expected import Weights, residual_statistics
 from lvmppl.algorithms.least_squares import solve_affine
+from lvmppl.algorithms.lookups_by_row import over_all_rows
 from lvmppl.algorithms.plan import Plan
-from lvmppl.algorithms.probing import PROBE_ROWS, depends_on, held, probe_rows, propose
+from lvmppl.algorithms.probing import (
+    PROBE_ROWS,
+    depends_on,
+    held,
+    probe_indices,
+    probe_rows,
+    propose,
+)
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.rules import Rules, step_of
 from lvmppl.algorithms.statistics import Statistics
@@ -73,7 +81,7 @@ def _proposed(problem: Problem) -> Plan:
     except Exception as error:  # the model may refuse values it was never meant to see
         why = f"the model does not run at probe values ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         return Plan((), tuple(step_of(problem, n, "gradient", why) for n in problem.theta))
-    return Rules(problem, probed, proposal).plan()
+    return Rules(problem, probed, over_all_rows(problem, proposal)).plan()
 
 
 # ------------------------------------------------------------------------------------------------- carrying it out
@@ -138,13 +146,19 @@ def verified(problem: Problem, plan: Plan, values: Values) -> Plan:
     from lvmppl.algorithms.stationarity import not_stationary
 
     data, _ = probe_rows(problem)
-    part = replace(problem, data=data) if len(next(iter(data.values()))) < problem.num_rows else problem
+    rows = len(next(iter(data.values())))
+    part = replace(problem, data=data) if rows < problem.num_rows else problem
+
+    def wrong_ones(plan: Plan) -> dict[str, str]:
+        own = plan if part is problem else plan.at_rows(probe_indices(problem.num_rows, rows))
+        return not_stationary(part, own, values)
+
     for _ in range(len(problem.theta)):
         if not plan.closed:
             return plan
-        wrong = not_stationary(part, plan, values)
+        wrong = wrong_ones(plan)
         if wrong and plan.cycles == 1:
-            left = not_stationary(part, replace(plan, cycles=CYCLES), values)
+            left = wrong_ones(replace(plan, cycles=CYCLES))
             if wrong.keys() - left.keys():
                 plan, wrong = plan.in_turn(wrong.keys() - left.keys(), CYCLES), left
         if not wrong:

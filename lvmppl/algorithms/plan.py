@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.least_squares import Affine
@@ -48,6 +49,10 @@ class Plan:
         sites = tuple(s for s in self.sites if any(set(f.names) & keep for f in s.lookups.values()))
         affine = None if self.affine is None else self.affine.without(moved)
         return Plan(sites, steps, affine=affine, priors=self.priors, cycles=self.cycles)
+
+    def at_rows(self, rows: Tensor) -> Plan:
+        """The plan on some rows of the data."""
+        return replace(self, sites=tuple(s.at_rows(rows) for s in self.sites))
 
     def in_turn(self, names: Iterable[str], cycles: int) -> Plan:
         """The plan with `cycles` rounds, which these parameters need."""

@@ -25,6 +25,7 @@ from lvmppl.exact.named import Named
 from lvmppl.exponential import Reading, read_factors
 
 PROBE_ROWS = 4096  # rows at which a model is probed and a proposal verified, evenly spaced over the data
+PROBE_SEED = 20_011  # of what a model draws while it is probed
 _CLOSE = 1e-10  # relative difference of two computations of the same number
 
 
@@ -58,6 +59,14 @@ class Lookup:
             if bool((self.index < 0).any())
             else found
         )
+
+    def at_rows(self, plate: str, rows: Tensor) -> Lookup:
+        """On some rows of the data, if it varies along them."""
+        if plate not in self.dims:
+            return self
+        axis = self.dims.index(plate)
+        index, constant = (t.index_select(axis, rows) for t in (self.index, self.constant))
+        return replace(self, index=index, constant=constant, direct=False)
 
 
 @dataclass(frozen=True)
@@ -114,16 +123,16 @@ def propose(problem: Problem) -> Proposal:
     """
     data, rows = probe_rows(problem)
     problem = replace(problem, model=problem.model.to(torch.float64))
-    with isolated(seed=20_011, dtype=torch.float64), unvalidated():
+    with isolated(seed=PROBE_SEED, dtype=torch.float64), unvalidated():
         data = {k: v.double() if v.is_floating_point() else v for k, v in data.items()}
-        first, second = _probe(problem, 0), _probe(problem, 1)
+        first, second = probe_values(problem, 0), probe_values(problem, 1)
         leaves = {n: v.requires_grad_() for n, v in first.items()}
         with torch.enable_grad():
             views, _ = problem.model.view(data, leaves, rows)
             readings = {n: _readings(v) for n, v in views.items()}
         with torch.no_grad():
             again = {n: read_factors(v) for n, v in problem.model.view(data, second, rows)[0].items()}
-        match = _Matcher(problem, {n: v.detach() for n, v in first.items()}, second)
+        match = Matcher(problem, {n: v.detach() for n, v in first.items()}, second)
         uses, opaque = {}, {}
         for name, view in views.items():
             pairs = {n: (r, again[name].get(n)) for n, r in readings[name].items()}
@@ -139,7 +148,8 @@ def propose(problem: Problem) -> Proposal:
     return Proposal(uses, opaque)
 
 
-def _probe(problem: Problem, seed: int) -> dict[str, Tensor]:
+def probe_values(problem: Problem, seed: int) -> dict[str, Tensor]:
+    """Random valid values of θ, in float64: the same for the same seed."""
     generator = torch.Generator().manual_seed(7919 * (seed + 1))
     values = {}
     for name in problem.theta:
@@ -184,7 +194,7 @@ def depends_on(tensors: Iterable[Tensor], leaves: Values) -> frozenset[str]:
     return frozenset(n for n, g in found if g is not None and not bool((g == 0).all()))
 
 
-def _use(one: Reading, two: Reading, match: _Matcher, leaves: Values) -> Use:
+def _use(one: Reading, two: Reading, match: Matcher, leaves: Values) -> Use:
     lookups: dict[str, Lookup | None] = {}
     depends: dict[str, frozenset[str]] = {}
     for field, named in one.fields.items():
@@ -200,7 +210,7 @@ def _use(one: Reading, two: Reading, match: _Matcher, leaves: Values) -> Use:
     return Use(one, lookups, depends)
 
 
-class _Matcher:
+class Matcher:
     """Finds entries of fields among the spelled parameters."""
 
     def __init__(self, problem: Problem, first: Values, second: Values) -> None:
@@ -295,7 +305,7 @@ def _same(rows: Tensor, row: Tensor) -> Tensor:
     return ((rows - row).abs().amax(-1) <= 1e-9 * row.abs().amax()).reshape(len(rows))
 
 
-def _whole_rows(spelling: Spelling, found: Tensor, match: _Matcher) -> bool:
+def _whole_rows(spelling: Spelling, found: Tensor, match: Matcher) -> bool:
     """A normalised row is only solvable as a whole; entries of a simplex may stand anywhere."""
     if spelling.name == "probabilities":
         return True

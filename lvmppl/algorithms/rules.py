@@ -153,7 +153,7 @@ class Rules:
     def _is_by_row(self, lookup: Lookup) -> bool:
         """Entries that vary along the data: known only for the rows probed."""
         plate = self.problem.data_plate
-        return plate in lookup.dims and self.probed.num_rows < self.problem.num_rows
+        return plate in lookup.dims and lookup.index.shape[lookup.dims.index(plate)] < self.problem.num_rows
 
     def _is_weighed_by_row(self, use: Use) -> bool:
         """Whether a known spread varies along the data (errors of measurement): least squares weighs rows by theirs."""
@@ -223,7 +223,10 @@ class Rules:
         residual = located and "loc" not in lookups
         if residual:
             reference, variance = (m and m.over((*keep, ROW)) for m in (reference, variance))
-        return ClosedSite(name, use.reading.kind, lookups, keep, reference, variance, weighted, residual)
+        by_row = self.problem.data_plate if self.problem.data_plate in keep else None
+        return ClosedSite(
+            name, use.reading.kind, lookups, keep, reference, variance, weighted, residual, by_row
+        )
 
     def _with_own_constants(self, site: str, use: Use, field: str, lookup: Lookup) -> Lookup:
         """Constants as the model makes them in its own dtype; the probe ran in float64."""

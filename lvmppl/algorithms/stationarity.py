@@ -66,10 +66,13 @@ def are_looked_up(problem: Problem, sites: Sequence[ClosedSite], values: Values)
 def misread_sites(problem: Problem, sites: Sequence[ClosedSite], values: Values) -> set[str]:
     """Sites whose distributions on some piece of the data are not what their lookups say (rows that were not probed)."""
     found: set[str] = set()
+    begin = 0
     for data, rows in chunks(problem):
+        here = torch.arange(begin, begin + rows.size)
+        begin += rows.size
         with torch.no_grad():
             views, _ = problem.model.view(data, values, rows)
-            left = [site for site in sites if site.name not in found]
+            left = [site.at_rows(here) for site in sites if site.name not in found]
             found |= {site.name for site in left if not _is_looked_up(views, site, values, _CLOSE)}
     return found
 

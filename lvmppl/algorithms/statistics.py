@@ -25,6 +25,8 @@ RESTART = "·restart"
 PACKED = "·p"
 """The axis of the entries of a symmetric matrix on and above its diagonal."""
 
+_FEW = 32  # tables of labels that are added up one by one
+
 Statistics = dict[str, Named]
 
 
@@ -175,8 +177,11 @@ class Labels:
         index = self.index(lone)
         weight = weight.reshape(*index.shape, -1)
         result = weight.new_zeros(len(index), self.size, weight.shape[-1])
-        for row in range(len(index)):
-            result[row].index_add_(0, index[row], weight[row])
+        if len(index) > _FEW:
+            result.scatter_add_(1, index.unsqueeze(-1).expand(weight.shape), weight)
+        else:  # several times as fast, one at a time
+            for row in range(len(index)):
+                result[row].index_add_(0, index[row], weight[row])
         named = Named(
             result.reshape([*(sizes[d] for d in shared), self.size, *(sizes[d] for d in rest)]),
             (*shared, CATEGORY, *rest),
@@ -195,11 +200,18 @@ def label_sums(reading: Reading, keep: Sequence[str]) -> Labels:
     return Labels(reading.named(reading.value), reading.fields["probs"].tensor.shape[-1], keep)
 
 
-def add_statistics(total: Statistics | None, part: Statistics) -> Statistics:
-    """Sums of two pieces of the data."""
+def add_statistics(total: Statistics | None, part: Statistics, by_row: str | None = None) -> Statistics:
+    """Sums of two pieces of the data; what keeps the axis `by_row` of the rows, one after the other."""
     if total is None:
         return part
-    return {k: Named(total[k].tensor + align(part[k], total[k].dims), total[k].dims) for k in part}
+    result = {}
+    for key, one in total.items():
+        both = one.tensor, align(part[key], one.dims)
+        if by_row is not None and by_row in one.dims:
+            result[key] = Named(torch.cat(both, one.dims.index(by_row)), one.dims)
+        else:
+            result[key] = Named(both[0] + both[1], one.dims)
+    return result
 
 
 def stacked(parts: Sequence[Statistics]) -> Statistics:
