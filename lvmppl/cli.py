@@ -233,11 +233,15 @@ def _in_pieces(name: str, width: int) -> str:
 
 
 def _number(value: Any, row: Any, column: str) -> str:
-    """Four decimals; evidence that is not exact is marked by what it is."""
+    """Four decimals; evidence that is not exact, and a bound that is a mean over draws, are marked by what they are."""
     if value is None or not isinstance(value, float | int) or math.isnan(value):
         return ""
-    mark = {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "} if column == "log_evidence" else {}
-    return f"{mark.get(row['log_evidence_kind'], '')}{round(value, 4) + 0.0:.4f}"
+    mark = ""
+    if column == "log_evidence":
+        mark = {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "}.get(row["log_evidence_kind"], "")
+    elif column in ("elbo", "gap") and row.get("elbo_error", 0.0) > 0:
+        mark = "≈ "  # a gap may then be below 0
+    return f"{mark}{round(value, 4) + 0.0:.4f}"
 
 
 def check_table(lines: list[tuple[str, bool, str]]) -> Any:

@@ -850,6 +850,18 @@ def test_summary_table_fits_100_columns_and_leaves_out_empty_ones() -> None:
     assert max(map(len, tested)) <= 100 and "-5.0000" in "\n".join(tested)
 
 
+def test_bound_that_is_a_mean_over_draws_is_marked_and_so_is_its_gap() -> None:
+    """A sampled ELBO may come out above the log evidence: a negative gap without a mark would look like an error."""
+    row = {"algorithm": "svi", "guide": "g", "status": "max_steps", "steps": 9, "seconds": 1.0}
+    row |= {"log_evidence": -2.0, "log_evidence_kind": "exact", "test_log_evidence": float("nan")}
+    row["test_elbo"] = float("nan")
+    exact = {**row, "fit": "exact", "elbo": -2.5, "gap": 0.5, "elbo_error": 0.0}
+    drawn = {**row, "fit": "drawn", "elbo": -1.9, "gap": -0.1, "elbo_error": 0.2}
+    lines = {line.split()[0]: line.split() for line in printed(pd.DataFrame([exact, drawn])) if line.strip()}
+    assert lines["exact"][-2:] == ["-2.5000", "0.5000"]
+    assert lines["drawn"][-4:] == ["≈", "-1.9000", "≈", "-0.1000"]
+
+
 @pytest.mark.parametrize("tested", [False, True])
 def test_summary_table_breaks_names_between_their_words_only(tested: bool) -> None:
     columns = ["log_evidence", "elbo", "gap", *(["test_log_evidence", "test_elbo"] if tested else [])]

@@ -131,7 +131,9 @@ def problem_of(name: str) -> Problem:
     return build_problem("fit", model, {"x": X}, guide=guide)
 
 
-def gradients(problem: Problem, calls: int, **options: Any) -> tuple[list[str], Tensor, Tensor]:
+def gradients(
+    problem: Problem, calls: int, looped: bool = False, **options: Any
+) -> tuple[list[str], Tensor, Tensor]:
     """(parameters, gradient of each call [calls, P], bound of each call)."""
     objective = Objective(problem, SVIOptions(**options))
     leaves = {n: v.clone().requires_grad_() for n, v in problem.initial.items()}
@@ -141,7 +143,7 @@ def gradients(problem: Problem, calls: int, **options: Any) -> tuple[list[str], 
         found = torch.autograd.grad(estimate.surrogate, list(leaves.values()))
         rows.append(torch.cat([g.reshape(-1) for g in found]))
         bounds.append(estimate.bound)
-    assert not objective.looped
+    assert bool(objective.looped) == looped
     return list(leaves), torch.stack(rows), torch.stack(bounds)
 
 
@@ -572,6 +574,40 @@ def test_draws_are_taken_in_a_loop_with_the_reason_where_a_model_cannot_take_sev
         one = torch.stack([single(objective.problem.initial, None, 0).bound for _ in range(300)])
     assert abs(many.mean() - one.mean()) < 4 * ((many.var() + one.var()) / 300) ** 0.5
     assert many.var() < 0.6 * one.var()
+
+
+def line_alone(x: Tensor) -> None:
+    """`line`, that raises for a latent with more axes than its data."""
+    mu = pyro.param("mu", torch.tensor(0.2, dtype=F64))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(mu, 1.0))
+        pyro.sample("x", dist.Normal(torch.stack([z, x])[0], 0.7), obs=x)
+
+
+SETTINGS["line_alone"] = (line_alone, line_guide, line_bound)
+
+
+@pytest.mark.parametrize("estimator", ["pathwise", score("leave_one_out")], ids=["pathwise", "score"])
+def test_importance_weighted_gradient_of_draws_in_a_loop_equals_exact_gradient(estimator: Any) -> None:
+    """K = 2 draws one after the other, two pairs a call, against a quadrature over the square."""
+    with isolated(13, F64):
+        problem = problem_of("line_alone")
+        objective = {"use": "importance_weighted", "num_samples": 2}
+        options: dict[str, Any] = {"objective": objective, "estimator": estimator, "num_particles": 2}
+        _, found, bounds = gradients(problem, 300, looped=True, **options)
+        gradient, bound = exact("line_alone", problem, 2)
+    assert_mean(found, gradient)
+    assert_mean(bounds, bound)
+
+
+def test_report_of_an_importance_weighted_bound_says_whether_rows_are_tied() -> None:
+    objective = {"use": "importance_weighted", "num_samples": 2}
+    with isolated(14, F64):
+        tied, free = (
+            Objective(problem_of(name), SVIOptions(objective=objective)) for name in ("counts", "line")
+        )
+    assert tied.report().endswith("rows are tied: one weight for all of them together")
+    assert "tied" not in free.report()
 
 
 # --------------------------------------------------------------------------------------- choices and their errors

@@ -80,6 +80,8 @@ class Objective:
         if self.particles > 1:
             how = f"in a loop ({self.looped})" if self.looped else "at once"
             said.append(f"{self.particles} draws {how}")
+        if self.num_samples is not None and self.whole:
+            said.append("rows are tied: one weight for all of them together")
         return "; ".join(said)
 
     def __call__(self, values: Values, indices: Tensor | None, step: int) -> Estimate:
