@@ -171,3 +171,30 @@ def test_mode_among_equally_probable_configurations_is_the_first() -> None:
     mode = lvmppl.posterior(model, {"x": X}).mode()
     assert mode.states["c"].tolist() == [1] * 5
     np.testing.assert_allclose(mode.states["z"], X / 2, rtol=1e-12)
+
+
+def test_pair_of_distant_sites_of_a_loop_equals_the_matrix_product() -> None:
+    """p(s_i, s_j | x) ∝ α_i Π_{i<t≤j} A diag(b_t) β_j."""
+    steps, states, first, second = 90, 3, 4, 71
+    rng = np.random.default_rng(0)
+    move, loc = rng.dirichlet(np.ones(states), states), rng.normal(size=states)
+    x = rng.normal(size=steps)
+
+    def model(x: Tensor) -> None:
+        s = None
+        for t in pyro.markov(range(steps)):
+            row = torch.ones(states).to(x) / states if s is None else torch.as_tensor(move)[s]
+            s = pyro.sample(f"s{t}", dist.Categorical(row), infer=ENUMERATED)
+            pyro.sample(f"x{t}", dist.Normal(torch.as_tensor(loc)[s], 1.0), obs=x[t])
+
+    seen = stats.norm(loc, 1.0).pdf(x[:, None])  # [T, K]
+    before, between, after = np.ones(states) / states * seen[0], np.eye(states), np.ones(states)
+    for t in range(1, first + 1):
+        before = before @ move * seen[t]
+    for t in range(first + 1, second + 1):
+        between = between @ move * seen[t]
+    for t in range(steps - 1, second, -1):
+        after = move @ (seen[t] * after)
+    joint = before[:, None] * between * after
+    found = lvmppl.posterior(model, {"x": torch.as_tensor(x)}).pair_marginal(f"s{first}", f"s{second}")
+    np.testing.assert_allclose(found, joint / joint.sum(), rtol=1e-10)

@@ -123,26 +123,25 @@ class _Eliminator:
             for t in component
         ]
         local = {d for n in pool for d in n.dims if self._is_local(d, leaf)}
-        while local:
-            variable = self._next(local, pool)
+        sizes = sizes_of(pool)
+        costs = {name: self._cost(name, pool, sizes) for name in local}
+        while costs:
+            variable = min(costs, key=costs.__getitem__)
+            del costs[variable]
             bucket = [n for n in pool if variable in n.dims]
             self._check_size(variable, bucket, pool)
             clique = add(bucket, self.all_plates, first=variable)
             reduced = clique.tensor.amax(0) if self.maximise else log_sum_exp(clique.tensor, 0)
             result.tape.append(Step(variable, clique, leaf, reduced))
             pool = [n for n in pool if variable not in n.dims] + [Named(reduced, clique.dims[1:])]
-            local.discard(variable)
+            for name in costs.keys() & set(clique.dims):  # what the others would build is as it was
+                costs[name] = self._cost(name, pool, sizes)
         return pool
 
-    def _next(self, local: set[str], pool: Sequence[Named]) -> str:
-        """The variable whose elimination builds the smallest table (greedy min-size)."""
-        sizes = sizes_of(pool)
-
-        def cost(name: str) -> tuple[bool, int, str]:
-            dims = union(n.dims for n in pool if name in n.dims)
-            return (bool(self.first) and name not in self.first, prod(sizes[d] for d in dims), name)
-
-        return min(local, key=cost)
+    def _cost(self, name: str, pool: Sequence[Named], sizes: Mapping[str, int]) -> tuple[bool, int, str]:
+        """The entries of the table that eliminating a variable now would build: the least is next (greedy min-size)."""
+        dims = union(n.dims for n in pool if name in n.dims)
+        return (bool(self.first) and name not in self.first, prod(sizes[d] for d in dims), name)
 
     def _check_size(self, variable: str, bucket: Sequence[Named], pool: Sequence[Named]) -> None:
         sizes = sizes_of(bucket)
