@@ -18,15 +18,14 @@ import torch
 from torch import Tensor
 
 from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
-from lvmppl.density import Variable, time_axis
+from lvmppl.density import Variable
 from lvmppl.errors import InputError
 from lvmppl.exact.evidences import scaled
 from lvmppl.exact.layout import Block, Layout
 from lvmppl.exact.named import log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
-from lvmppl.posterior_frames import categorical_of, probability_frame
+from lvmppl.posterior_frames import categorical_of, moment_frame, probability_frame
 from lvmppl.posteriors import Mode
-from lvmppl.summed_posterior import SummedSites
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,8 +35,6 @@ class ContinuousPosterior:
     kind: `exact`, `quadrature`, or `estimate` where nothing bounds what may have been overlooked between the points that
     were looked at, as under a `pyro.factor` (`proven` is False; `engine` says why). log_evidence_error bounds the absolute
     error of the total: 0 for the Gaussian, ∞ for an estimate.
-    summed: the enumerated sites that were summed out at every point, whose joint with the continuous ones is
-    p(c | z, x) p(z | x).
     constant: what factors outside of the data plate add to the log evidence, where rows are data; by the states of the
     sites that rows share.
     """
@@ -49,7 +46,6 @@ class ContinuousPosterior:
     engine: str
     constant: Tensor
     proven: bool = True
-    summed: SummedSites | None = None
 
     def __repr__(self) -> str:
         sites = ", ".join((*self.layout.discrete, *self.layout.summed, *(b.name for b in self.layout.blocks)))
@@ -139,8 +135,6 @@ class ContinuousPosterior:
 
     def probabilities(self, site: str) -> Tensor:
         """p(c = k | x) of an enumerated site: [N, K], or [K] for a global one; of a summed one [*plates, (T,) K]."""
-        if self.summed is not None and site in self.layout.summed:
-            return self.summed.probabilities[site]
         axis = self._axis(site)
         others = [a for a in self._lead if a != axis]
         table = self._weights.sum(others) if others else self._weights
@@ -151,7 +145,7 @@ class ContinuousPosterior:
         """The marginal of one site: Categorical (`.probs` [N, K]) for an enumerated one; for a continuous one a (mixture
         of) MultivariateNormal over its stacked elements [N, D], or the weighted nodes of the quadrature (Empirical).
         """
-        if site in self.layout.discrete or site in self.layout.summed:
+        if site in self.layout.discrete:
             return categorical_of(self.probabilities(site))
         block = self._block(site)
         if isinstance(self.kernel, Path) and block.size > self.kernel.shape[-1]:
@@ -192,8 +186,6 @@ class ContinuousPosterior:
 
     def mode(self) -> Mode:
         """The highest point of p(z, c | x) over configurations (of ties the first) and values z; its log density."""
-        if self.summed is not None:
-            return self._mode_with_summed(self.summed)
         if isinstance(self.kernel, QuadraturePosterior):
             point, value = self.kernel.mode()
             height = value - self.kernel.log_evidence.detach()
@@ -212,20 +204,6 @@ class ContinuousPosterior:
         return Mode(
             {k: v.squeeze(0) for k, v in values.items()}, top if self.layout.local else top.reshape(())
         )
-
-    def _mode_with_summed(self, summed: SummedSites) -> Mode:
-        """The highest point of p(z, c | x), c being the best at every z."""
-        if isinstance(self.kernel, QuadraturePosterior):
-            z, _ = summed.mode(self.kernel)
-        else:  # Gaussian although c is summed at every point: c does not depend on z
-            z = self.kernel.mean
-        posterior = summed.given(z.unsqueeze(0))
-        mode = posterior.mode()
-        states = {n: v[0] for n, v in mode.states.items()}
-        values = {**states, **{n: v[0] for n, v in self._as_sites(z.unsqueeze(0), z.new_zeros(1, 1)).items()}}
-        assert posterior.log_evidence_per_datum is not None
-        height = posterior.log_evidence_per_datum + mode.log_prob - self.kernel.log_evidence.detach()
-        return Mode(values, height.reshape(()))
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine.
@@ -246,27 +224,13 @@ class ContinuousPosterior:
         picked = picked.reshape(num_samples, *rows)
         flat = draws.reshape(num_samples, count, *rows, -1)
         index = picked[:, None, ..., None].expand(num_samples, 1, *rows, flat.shape[-1])
-        z = flat.gather(1, index)[:, 0]
-        values = self._as_sites(z, picked)
-        return values if self.summed is None else {**self.summed.sample(z, seed), **values}
+        return self._as_sites(flat.gather(1, index)[:, 0], picked)
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
         """log p(z, c | x) of a value for every site, shaped as `sample` gives them, with S or without: [S?, N] (global:
         [S?])."""
-        missing = [
-            n
-            for n in (*self.layout.discrete, *self.layout.summed, *(b.name for b in self.layout.blocks))
-            if n not in assignment
-        ]
-        if missing:
-            raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
-        rows = self._weights.shape[len(self._lead) :]
-        lead = self._samples_of(assignment)
-        parts = [torch.as_tensor(assignment[b.name]).reshape(-1, *rows, b.size) for b in self.layout.blocks]
-        z = torch.cat(parts, -1)  # [S, *rows, d]
-        if self.summed is not None:
-            joint = self.summed.log_joint(z, {n: assignment[n] for n in self.layout.summed})
-            return (joint - self.kernel.log_evidence.detach()).reshape(lead)
+        lead, rows = self._samples_of(assignment), self._weights.shape[len(self._lead) :]
+        z = self._stacked(assignment)
         spread = z.reshape(len(z), *[1] * len(self._lead), *z.shape[1:])
         table = self.kernel.log_prob(spread.expand(len(z), *self._weights.shape, -1)) + self._weights.log()
         table = table.reshape(len(z), math.prod(self.layout.discrete_sizes), *rows)
@@ -276,8 +240,18 @@ class ContinuousPosterior:
         result = table.gather(1, index.unsqueeze(1))[:, 0]
         return result.reshape(*lead, *rows) if self.layout.local else result.reshape(lead)
 
+    def _stacked(self, assignment: Mapping[str, Tensor]) -> Tensor:
+        """z [S, *rows, d] of the continuous sites' values."""
+        rows = self._weights.shape[len(self._lead) :]
+        parts = [torch.as_tensor(assignment[b.name]).reshape(-1, *rows, b.size) for b in self.layout.blocks]
+        return torch.cat(parts, -1)
+
     def _samples_of(self, assignment: Mapping[str, Tensor]) -> tuple[int, ...]:
-        """(S,) where values have a leading axis of samples, () where not."""
+        """(S,) where values have a leading axis of samples, () where not; a value for every site is asked for."""
+        sites = (*self.layout.discrete, *self.layout.summed, *(b.name for b in self.layout.blocks))
+        missing = [n for n in sites if n not in assignment]
+        if missing:
+            raise InputError("log_prob", "a value for every latent site", f"none for {', '.join(missing)}")
         block = self.layout.blocks[0]
         value = torch.as_tensor(assignment[block.name])
         shape = self.moments(block.name)[0].shape
@@ -305,13 +279,8 @@ class ContinuousPosterior:
         Of two enumerated sites p(j, k | x) [N, J, K]. Of two continuous ones, what `marginal` is of one, over their
         stacked elements (in a path: of one step, or of two neighbouring ones). Of an enumerated and a continuous site
         p(z | c, x), a batch [N, K] of such distributions, to go with `probabilities(c)`. Of a path that is one site:
-        its neighbouring steps, Normals over the stacked pairs [N, T − 1, 2d]. Sites that were summed out at every point
-        have their own plates in place of N: p(j, k | x) [*plates, J, K] of two, and as `Posterior.pair_marginal` of a
-        chain; beside a continuous site p(z | c, x) a batch [*plates, (T,) K].
+        its neighbouring steps, Normals over the stacked pairs [N, T − 1, 2d].
         """
-        of_points = [n for n in (first, second) if n in self.layout.summed]
-        if self.summed is not None and of_points:
-            return self._pair_with_summed(self.summed, first, second)
         discrete = [n for n in (first, second) if n in self.layout.discrete]
         if second is None or first == second:
             block = self._block(first)
@@ -331,25 +300,11 @@ class ContinuousPosterior:
         given = self._axis(discrete[0]) if discrete else None
         return marginal_over(self.kernel, self._weights, self.layout.discrete, columns, given)
 
-    def _pair_with_summed(
-        self, summed: SummedSites, first: str, second: str | None
-    ) -> Tensor | torch.distributions.Distribution:
-        z, weights = self.kernel.nodes()
-        continuous = [n for n in (first, second) if n is not None and n not in self.layout.summed]
-        if not continuous:
-            return summed.expected(lambda p: p.pair_marginal(first, second), z, weights.flatten())
-        (site,) = [n for n in (first, second) if n in self.layout.summed]
-        columns = self._block(continuous[0]).columns
-        return summed.continuous_given(site, z, weights.flatten(), list(columns))
-
     def entropy(self) -> Tensor:
         """Differential entropy of z plus entropy of c: H[c | x] + E H[z | c, x], per datum [N] (global: scalar)."""
         weights = self._weights
         inner = torch.where(weights > 0, weights * (self.kernel.entropy - weights.log()), 0.0)
         total = inner.sum(self._lead) if self._lead else inner
-        if self.summed is not None:  # H[z | x] + E H[c | z, x]
-            z, nodes = self.kernel.nodes()
-            total = total + self.summed.expected(lambda p: p.entropy(), z, nodes.flatten())
         return total if self.layout.local else total.reshape(())
 
     def _as_sites(self, z: Tensor, index: Tensor) -> dict[str, Tensor]:
@@ -378,10 +333,6 @@ class ContinuousPosterior:
             shared = name in self.layout.outer or not self.layout.local or self.data_plate is None
             plates = () if shared else (str(self.data_plate),)
             frames.append(probability_frame(name, self.probabilities(name), plates, self.data_plate))
-        for name in self.layout.summed:
-            table, variable = self.probabilities(name), self.variables[name]
-            steps = () if variable.steps is None else (time_axis(variable.steps),)
-            frames.append(probability_frame(name, table, (*variable.plates, *steps), self.data_plate))
         for block in self.layout.blocks:
             mean, sd = self.moments(block.name)
             frames.append(moment_frame(block.name, mean, sd, self.layout.local))
@@ -410,21 +361,4 @@ def _first_few(rows: list[int]) -> str:
     return ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
 
 
-def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFrame:
-    """The rows of one continuous site: by datum where its first axis is the data plate, `position` the other axes."""
-    shape = mean.shape
-    count = mean.numel()
-    index = (
-        torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
-    )
-    return pd.DataFrame(
-        {
-            "site": pd.Series([site] * count, dtype="string"),
-            "datum": pd.array([i[0] if local else pd.NA for i in index], dtype="Int64"),
-            "position": pd.Series([",".join(map(str, i[1:] if local else i)) for i in index], dtype="string"),
-            "state": pd.array([pd.NA] * count, dtype="Int64"),
-            "probability": math.nan,
-            "mean": mean.reshape(-1).double().cpu().numpy(),
-            "sd": sd.reshape(-1).double().cpu().numpy(),
-        }
-    )
+__all__ = ["ContinuousPosterior", "moment_frame"]

@@ -1,12 +1,16 @@
-"""A discrete marginal as a distribution, and as the rows of a table."""
+"""A discrete marginal as a distribution, and marginals as the rows of a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import torch
 from torch import Tensor
+
+from lvmppl.density import Variable, time_axis
+from lvmppl.exact.named import Named, align
 
 
 def probability_frame(
@@ -40,3 +44,43 @@ def categorical_of(probs: Tensor) -> torch.distributions.Categorical:
     result: torch.distributions.Categorical = row.expand(probs.shape[:-1])
     result.probs = result._param = probs
     return result
+
+
+def moment_frame(site: str, mean: Tensor, sd: Tensor, local: bool) -> pd.DataFrame:
+    """The rows of one continuous site: by datum where its first axis is the data plate, `position` the other axes."""
+    shape = mean.shape
+    count = mean.numel()
+    index = (
+        torch.cartesian_prod(*(torch.arange(s) for s in shape)).reshape(count, -1).tolist() if shape else [[]]
+    )
+    return pd.DataFrame(
+        {
+            "site": pd.Series([site] * count, dtype="string"),
+            "datum": pd.array([i[0] if local else pd.NA for i in index], dtype="Int64"),
+            "position": pd.Series([",".join(map(str, i[1:] if local else i)) for i in index], dtype="string"),
+            "state": pd.array([pd.NA] * count, dtype="Int64"),
+            "probability": math.nan,
+            "mean": mean.reshape(-1).double().cpu().numpy(),
+            "sd": sd.reshape(-1).double().cpu().numpy(),
+        }
+    )
+
+
+def site_frame(
+    variable: Variable, table: Tensor, plate_sizes: Mapping[str, int], data_plate: str | None
+) -> pd.DataFrame:
+    """The rows of one enumerated site from its marginal [K, *plates, (T)]; those beyond a chain's length are left out."""
+    site = variable.name
+    if variable.steps is None:
+        return probability_frame(site, table.movedim(0, -1), variable.plates, data_plate)
+    frame = probability_frame(
+        site, table.movedim(0, -1), (*variable.plates, time_axis(variable.steps)), data_plate
+    )
+    if variable.lengths is None:
+        return frame
+    shape = [plate_sizes[p] for p in variable.plates]
+    lengths = align(Named(variable.lengths, variable.lengths_dims), variable.plates).expand(shape)
+    steps = torch.arange(variable.steps, device=lengths.device)
+    inside = steps < lengths.unsqueeze(-1)  # rows beyond a length do not exist
+    kept = inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size)
+    return frame[kept.reshape(-1).cpu().numpy()]

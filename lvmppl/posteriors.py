@@ -21,17 +21,19 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
-from lvmppl.density import Factor, Variable, chain_axes, time_axis
+from lvmppl.density import Factor, Variable
 from lvmppl.errors import InputError
 from lvmppl.exact.chain_groups import Group, entropies
 from lvmppl.exact.chains import has_chains, split
 from lvmppl.exact.conditionals import conditional, gather
-from lvmppl.exact.elimination import Elimination, Step, eliminate
+from lvmppl.exact.elimination import Step, eliminate
 from lvmppl.exact.marginals import Marginals
-from lvmppl.exact.named import Named, align, exp_
+from lvmppl.exact.named import Named, align
 from lvmppl.exact.pieces import PIECE, pieces
 from lvmppl.exact.scales import is_one, scale_of
-from lvmppl.posterior_frames import categorical_of, probability_frame
+from lvmppl.posterior_frames import probability_frame, site_frame
+from lvmppl.posterior_marginals import MarginalPosterior, with_gradient
+from lvmppl.posterior_states import as_index, as_support, walk
 
 
 class Mode(NamedTuple):
@@ -42,171 +44,8 @@ class Mode(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Posterior:
+class Posterior(MarginalPosterior):
     """p(z | x; θ), exact. `engine` says how it was had, and why that way."""
-
-    factors: tuple[Factor, ...]
-    variables: Mapping[str, Variable]
-    plate_sizes: Mapping[str, int]
-    data_plate: str | None
-    engine: str
-
-    def __repr__(self) -> str:
-        return f"Posterior of {', '.join(self.variables) or 'no site'}: log evidence {self.log_evidence:.4f}; {self.engine}"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "factors", tuple(_detached(f) for f in self.factors))
-        if self.log_evidence == -torch.inf:
-            warnings.warn(
-                f"log evidence is -inf: the model gives probability 0 to {self._impossible}", stacklevel=3
-            )
-
-    @property
-    def _impossible(self) -> str:
-        """What has probability 0, in words."""
-        per_datum = self.log_evidence_per_datum
-        if per_datum is None:
-            sites = ", ".join(n for n, v in self.variables.items() if self.data_plate not in v.plates)
-            return f"the data, under every state of {sites or 'its sites'}"
-        rows = torch.nonzero(per_datum == -torch.inf).flatten().tolist()
-        return "datum " + ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
-
-    # ------------------------------------------------------------------------------------------- log evidence
-
-    @cached_property
-    def _elimination(self) -> Elimination:
-        if not self._chains:
-            return eliminate(self.factors, self.variables, self.plate_sizes, self.data_plate)
-        args = (self._leaves, self.variables, self.plate_sizes, self.data_plate)
-        with torch.enable_grad():  # the way back then needs no second way forth
-            return eliminate(*args, straight_through=True)
-
-    @property
-    def _chains(self) -> bool:
-        return any(v.steps is not None for v in self.variables.values())
-
-    @cached_property
-    def _leaves(self) -> tuple[Factor, ...]:
-        return tuple(_with_gradient(f) for f in self.factors)
-
-    @cached_property
-    def _weights(self) -> list[Named]:
-        """q_s = ∂ log Z / ∂ f_s of every factor, at its own axes."""
-        with torch.enable_grad():
-            leaves = [f.log_prob for f in self._leaves]
-            grads = torch.autograd.grad(self._elimination.total, leaves, retain_graph=True)
-        return [Named(g, f.dims) for g, f in zip(grads, self._leaves, strict=True)]
-
-    kind = "exact"
-    log_evidence_error = 0.0
-
-    @cached_property
-    def log_evidence(self) -> float:
-        """log p(x; θ) summed over all data."""
-        return float(self._elimination.total.detach())
-
-    @cached_property
-    def log_evidence_per_datum(self) -> Tensor | None:
-        """log p(x⁽ⁿ⁾; θ) [N], or None where the data are coupled by a global site."""
-        done = self._elimination
-        if self.data_plate is None or done.per_datum is None or self._is_coupled:
-            return None
-        return done.per_datum.detach()
-
-    @property
-    def _is_coupled(self) -> bool:
-        return any(self.data_plate not in v.plates for v in self.variables.values())
-
-    # --------------------------------------------------------------------------------------------- marginals
-
-    def probabilities(self, site: str) -> Tensor:
-        """p(z_site = k | x), [*plates, K] with plates outermost first; all zero for an impossible datum.
-
-        Of a Markov chain [*plates, T, K], zero beyond a sequence's length.
-        """
-        self._check(site)
-        table = self._last_in_its_component(site)
-        if table is None:
-            table = self._of_its_factor(site)
-        if table is None:
-            (table,) = self._marginals.tables([(site,)])
-        return table.movedim(0, -1)
-
-    def _last_in_its_component(self, site: str) -> Tensor | None:
-        """The marginal as the elimination left it, for a site that no other depended on when its turn came."""
-        plates = self.variables[site].plates
-        for step in self._elimination.tape:
-            if step.variable == site and set(step.clique.dims[1:]) <= set(plates):
-                table = align(Named(conditional(step), step.clique.dims), (site, *plates))
-                return exp_(table).expand(-1, *(self.plate_sizes[p] for p in plates))
-        return None
-
-    def _of_its_factor(self, chain: str) -> Tensor | None:
-        """The marginal of a chain's steps as the weight of a factor that sees each of them, such as its emission."""
-        variable = self.variables[chain]
-        if variable.steps is None:
-            return None
-        dims = (chain, *variable.plates, time_axis(variable.steps))
-        for index, factor in enumerate(self.factors):
-            # a factor in further plates counts each of their elements
-            if set(dims) <= set(factor.dims) and factor.plates == set(variable.plates):
-                q = self._weights[index]
-                axes = [i for i, d in enumerate(q.dims) if d not in dims]
-                kept = Named(q.tensor.sum(axes) if axes else q.tensor, tuple(d for d in q.dims if d in dims))
-                return align(kept, dims)
-        return None
-
-    def marginal(self, site: str) -> torch.distributions.Categorical:
-        """The marginal of one site, `.probs` [*plates, K], over the indices of its support."""
-        return categorical_of(self.probabilities(site))
-
-    def pair_marginal(self, first: str, second: str | None = None) -> Tensor:
-        """p(z_first = j, z_second = k | x), [*plates of both, J, K].
-
-        Of one Markov chain: of its consecutive states (z_t = j, z_{t+1} = k), [*plates, T − 1, K, K]; of a chain and
-        another site: step by step, [*plates, T, J, K].
-        """
-        self._check(first, *([] if second is None else [second]))
-        if second is None or second == first:
-            if self.variables[first].steps is None:
-                raise InputError(
-                    "pair_marginal",
-                    "two different sites, or a Markov chain",
-                    f"'{first}'",
-                    "use marginal(site)",
-                )
-            return self._marginals.consecutive(first)
-        return self._marginals.pair(first, second)
-
-    def expected_transitions(self, chain: str) -> Tensor:
-        """Expected counts of the transitions of a Markov chain, Σ p(z_t = j, z_{t+1} = k | x) over all sequences and
-        steps, [K, K].
-        """
-        self._check(chain)
-        if self.variables[chain].steps is None:
-            raise InputError(
-                "expected_transitions", "a Markov chain", f"'{chain}'", "use pair_marginal of two sites"
-            )
-        own = next((i for i, f in enumerate(self.factors) if f.site == f"{chain}·transition"), None)
-        if own is None:
-            return self._marginals.expected_transitions(chain)
-        q = self._weights[own]
-        _, before, after = chain_axes(chain, self.variables[chain].steps or 1)
-        axes = [i for i, d in enumerate(q.dims) if d not in (before, after)]
-        return align(
-            Named(q.tensor.sum(axes) if axes else q.tensor, tuple(d for d in q.dims if d in (before, after))),
-            (before, after),
-        )
-
-    @cached_property
-    def _marginals(self) -> Marginals:
-        return Marginals(self.factors, self.variables, self.plate_sizes)
-
-    def _check(self, *names: str) -> None:
-        for name in names:
-            if name not in self.variables:
-                listing = ", ".join(self.variables) or "it has none"
-                raise InputError("posterior", f"one of the latent sites ({listing})", f"'{name}'")
 
     # ------------------------------------------------------------------------- mode, samples, log-probabilities
 
@@ -228,7 +67,10 @@ class Posterior:
             states.update(
                 zip(group.names, group.given(states, self._plate_order, self.plate_sizes).mode(), strict=True)
             )
-        return Mode(self._as_support(states, squeeze=True), self._log_prob_of(states).squeeze(0))
+        return Mode(
+            as_support(states, self.variables, self._plate_order, squeeze=True),
+            self._log_prob_of(states).squeeze(0),
+        )
 
     @property
     def _is_scaled(self) -> bool:
@@ -267,7 +109,7 @@ class Posterior:
         for group in self._chain_groups:
             drawn = group.given(states, self._plate_order, self.plate_sizes).sample(num_samples, generator)
             states.update(zip(group.names, drawn, strict=True))
-        return self._as_support(states, squeeze=False)
+        return as_support(states, self.variables, self._plate_order, squeeze=False)
 
     def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
         """log p(z | x) of values [*plates] or [S, *plates] by site (all sites): [N], or a scalar for coupled data."""
@@ -278,7 +120,10 @@ class Posterior:
             torch.as_tensor(assignment[n]).dim() <= len(v.plates) + v.support.dim() - (v.steps is None)
             for n, v in self.variables.items()
         )
-        states = {n: self._as_index(n, torch.as_tensor(assignment[n])) for n in self.variables}
+        states = {
+            n: as_index(torch.as_tensor(assignment[n]), v, self._plate_order, self.plate_sizes)
+            for n, v in self.variables.items()
+        }
         result = self._log_prob_of(states)
         return result.squeeze(0) if single else result
 
@@ -293,7 +138,7 @@ class Posterior:
             return torch.cat([Posterior(tuple(f), v, s, plate, self.engine)._entropy() for f, v, s in parts])
 
     def _entropy(self) -> Tensor:
-        factors = [_with_gradient(f) for f in self.factors]
+        factors = [with_gradient(f) for f in self.factors]
         with torch.enable_grad():
             done = eliminate(
                 factors, self.variables, self.plate_sizes, self.data_plate, straight_through=True
@@ -309,25 +154,10 @@ class Posterior:
             part = self._per_datum(local, step.plates, already_summed=True)
             total = part if total is None else total + part
         for group in self._chain_groups:
-            part = self._group_entropy(group)
+            table = _group_entropy(group, self.variables, self.plate_sizes, self.data_plate, self._marginals)
+            part = self._per_datum(table, group.plates, already_summed=True)
             total = part if total is None else total + part
         return self._zeros(()) if total is None else total
-
-    def _group_entropy(self, group: Group) -> Tensor:
-        """E H[sequences | other sites]: the entropies of the batch, weighted by the marginal of the other sites."""
-        table = Named(entropies(group), group.batch)
-        others = tuple(d for d in group.batch if d in self.variables)
-        if others:
-            (weights,) = self._marginals.tables([others])
-            dims = (*others, *self._marginals.plates_of(others))
-            joined = tuple(dict.fromkeys((*others, *dims, *group.batch)))
-            product = align(table, joined) * align(Named(weights, dims), joined)
-            table = Named(product.sum(tuple(range(len(others)))), joined[len(others) :])
-        absent = [p for p in group.plates if p not in table.dims and p != self.data_plate]
-        table = Named(table.tensor * prod(self.plate_sizes[p] for p in absent), table.dims)
-        if self.data_plate in group.plates and self.data_plate not in table.dims:
-            table = Named(table.tensor * self.plate_sizes[self.data_plate], table.dims)
-        return self._per_datum(table, group.plates, already_summed=True)
 
     def conditionals(self, first: Sequence[str] = ()) -> list[tuple[str, Named, frozenset[str]]]:
         """log p(z_v | x, later ones) for every site, in the order of elimination (sites in `first` go first)."""
@@ -354,23 +184,9 @@ class Posterior:
     def _walk(
         self, tape: Sequence[Step], num_samples: int, choose: Callable[[Tensor], Tensor]
     ) -> dict[str, Tensor]:
-        """States by site, [S, *all plates (size 1 where it has none)], chosen from each conditional in reverse order."""
-        order = self._plate_order
-        chosen: dict[str, Tensor] = {}
-        for step in reversed(tape):
-            logits = gather(step.clique, step.variable, chosen, order)
-            shape = [
-                logits.shape[0],
-                num_samples,
-                *(self.plate_sizes[p] if p in step.plates else 1 for p in order),
-            ]
-            chosen[step.variable] = choose(logits.expand(shape))
-        for name, variable in self.variables.items():  # sites with a single state never enter the tape
-            if variable.steps is not None:
-                continue
-            shape = [num_samples, *(self.plate_sizes[p] if p in variable.plates else 1 for p in order)]
-            chosen.setdefault(name, torch.zeros(shape, dtype=torch.long, device=self._device))
-        return chosen
+        return walk(
+            tape, self.variables, self._plate_order, self.plate_sizes, num_samples, choose, self._device
+        )
 
     def _log_prob_of(self, states: Mapping[str, Tensor]) -> Tensor:
         order = self._plate_order
@@ -409,60 +225,6 @@ class Posterior:
         shape = (*lead, self.plate_sizes[self.data_plate]) if local else lead  # type: ignore[index]
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
 
-    def _as_support(self, states: Mapping[str, Tensor], squeeze: bool) -> dict[str, Tensor]:
-        result = {}
-        for name, variable in self.variables.items():
-            index = states[name]
-            drop = [1 + i for i, p in enumerate(self._plate_order) if p not in variable.plates]
-            if variable.steps is None:  # a chain's states come with its own plates only
-                index = index.squeeze(drop) if drop else index
-            have = [p for p in self._plate_order if p in variable.plates]
-            tail = range(1 + len(have), index.dim())  # the steps of a chain
-            index = index.permute(0, *(1 + have.index(p) for p in variable.plates), *tail)
-            values = index if variable.steps is not None else variable.support[index]
-            result[name] = values.squeeze(0) if squeeze else values
-        return result
-
-    def _as_index(self, name: str, value: Tensor) -> Tensor:
-        variable = self.variables[name]
-        event = variable.support.dim() - 1 if variable.steps is None else 1
-        lead = value.dim() - event - len(variable.plates)
-        if lead not in (0, 1):
-            raise InputError(
-                f"log_prob: site '{name}'",
-                f"values with axes for plates {variable.plates}, perhaps a sample axis before them",
-                f"shape {tuple(value.shape)}",
-            )
-        value = value if lead else value.unsqueeze(0)
-        wanted = [self.plate_sizes[p] for p in variable.plates] + ([variable.steps] if variable.steps else [])
-        if list(value.shape[1 : 1 + len(wanted)]) != wanted:
-            raise InputError(
-                f"log_prob: site '{name}'",
-                f"values of shape {tuple(wanted)}, perhaps with a sample axis before it",
-                f"shape {tuple(value.shape[1 - lead :])}",
-            )
-        if variable.steps is not None:
-            if bool((value < 0).any()) or bool((value >= variable.size).any()):
-                raise InputError(
-                    f"log_prob: site '{name}'", f"states from 0 to {variable.size - 1}", "others"
-                )
-            have = [p for p in self._plate_order if p in variable.plates]
-            return value.long().permute(0, *(1 + variable.plates.index(p) for p in have), value.dim() - 1)
-        flat = variable.support.reshape(
-            variable.size, *[1] * (value.dim() - event), *variable.support.shape[1:]
-        )
-        match = flat == value.unsqueeze(0)
-        match = match.flatten(match.dim() - event).all(-1) if event else match
-        if not bool(match.any(0).all()):
-            raise InputError(f"log_prob: site '{name}'", "values in its support", "a value outside it")
-        index = match.to(torch.uint8).argmax(0)
-        have = [p for p in self._plate_order if p in variable.plates]
-        index = index.permute(0, *(1 + variable.plates.index(p) for p in have))
-        for i, plate in enumerate(self._plate_order):
-            if plate not in variable.plates:
-                index = index.unsqueeze(1 + i)
-        return index
-
     # ------------------------------------------------------------------------------------------------ tables
 
     def to_frame(self) -> pd.DataFrame:
@@ -472,44 +234,35 @@ class Posterior:
             return probability_frame("", torch.zeros(0), (), None)
         tables = self._marginals.tables([(s,) for s in sites])
         return pd.concat(
-            [self._site_frame(s, t) for s, t in zip(sites, tables, strict=True)], ignore_index=True
+            [
+                site_frame(self.variables[s], t, self.plate_sizes, self.data_plate)
+                for s, t in zip(sites, tables, strict=True)
+            ],
+            ignore_index=True,
         )
 
-    def _site_frame(self, site: str, table: Tensor) -> pd.DataFrame:
-        variable = self.variables[site]
-        if variable.steps is None:
-            return probability_frame(site, table.movedim(0, -1), variable.plates, self.data_plate)
-        frame = probability_frame(
-            site, table.movedim(0, -1), (*variable.plates, time_axis(variable.steps)), self.data_plate
-        )
-        if variable.lengths is None:
-            return frame
-        shape = [self.plate_sizes[p] for p in variable.plates]
-        lengths = align(Named(variable.lengths, variable.lengths_dims), variable.plates).expand(shape)
-        steps = torch.arange(variable.steps, device=lengths.device)
-        inside = steps < lengths.unsqueeze(-1)  # rows beyond a length do not exist
-        kept = inside.unsqueeze(-1).expand(*shape, variable.steps, variable.size)
-        return frame[kept.reshape(-1).cpu().numpy()]
 
-
-def _detached(factor: Factor) -> Factor:
-    scale = factor.scale.detach() if isinstance(factor.scale, Tensor) else factor.scale
-    return Factor(
-        factor.site,
-        factor.log_prob.detach(),
-        factor.dims,
-        factor.plates,
-        scale,
-        factor.scale_dims,
-        factor.observed,
-    )
-
-
-def _with_gradient(factor: Factor) -> Factor:
-    leaf = factor.log_prob.detach().requires_grad_()
-    return Factor(
-        factor.site, leaf, factor.dims, factor.plates, factor.scale, factor.scale_dims, factor.observed
-    )
+def _group_entropy(
+    group: Group,
+    variables: Mapping[str, Variable],
+    plate_sizes: Mapping[str, int],
+    data_plate: str | None,
+    marginals: Marginals,
+) -> Named:
+    """E H[sequences | other sites]: the entropies of the batch, weighted by the marginal of the other sites."""
+    table = Named(entropies(group), group.batch)
+    others = tuple(d for d in group.batch if d in variables)
+    if others:
+        (weights,) = marginals.tables([others])
+        dims = (*others, *marginals.plates_of(others))
+        joined = tuple(dict.fromkeys((*others, *dims, *group.batch)))
+        product = align(table, joined) * align(Named(weights, dims), joined)
+        table = Named(product.sum(tuple(range(len(others)))), joined[len(others) :])
+    absent = [p for p in group.plates if p not in table.dims and p != data_plate]
+    table = Named(table.tensor * prod(plate_sizes[p] for p in absent), table.dims)
+    if data_plate in group.plates and data_plate not in table.dims:
+        table = Named(table.tensor * plate_sizes[data_plate], table.dims)
+    return table
 
 
 class DeferredPosterior(Posterior):

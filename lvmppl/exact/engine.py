@@ -25,7 +25,7 @@ from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrain
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
 from lvmppl.shared_posteriors import SharedPosterior
-from lvmppl.summed_posterior import SummedSites
+from lvmppl.summed_posteriors import SummedPosterior, SummedSites
 from lvmppl.wording import abridged
 
 _GAUSSIAN = frozenset({"GaussianChain", "Normal", "MultivariateNormal", "LowRankMultivariateNormal", "Delta"})
@@ -56,14 +56,16 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     if doubt:
         engine += f", an estimate: {doubt}"
     plate = joint.structure.data_plate
-    summed = None
     if layout.summed:
         z, weights = kernel.nodes()
         found = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
-        summed = SummedSites(log_joint.factors, found, log_joint.entries)
         engine += f"; {abridged(layout.summed)} summed out at every point"
+        summed = SummedSites(log_joint.factors, found, log_joint.entries)
+        return SummedPosterior(
+            kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed
+        )
     kind = SharedPosterior if layout.outer else ContinuousPosterior
-    return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed)
+    return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt)
 
 
 def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:

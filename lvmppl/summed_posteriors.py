@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from lvmppl.density import POINTS, Evaluation, Factor, unvalidated
+from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.density import POINTS, Evaluation, Factor, time_axis, unvalidated
 from lvmppl.exact.quadrature_posterior import QuadraturePosterior
 from lvmppl.exact.summed import pieces_of
-from lvmppl.posteriors import Posterior
+from lvmppl.posterior_frames import categorical_of, probability_frame
+from lvmppl.posteriors import Mode, Posterior
 
 Factors = Callable[[Tensor], tuple[Evaluation, list[Factor]]]
 """z [S, 1, d] → one pass of the model there, and those of its log-factors that belong to the joint density."""
@@ -125,4 +128,80 @@ class SummedSites:
         return kernel.highest(highest, heights, groups.unsqueeze(-1))
 
 
-__all__ = ["SummedSites"]
+@dataclass(frozen=True, eq=False, repr=False)
+class SummedPosterior(ContinuousPosterior):
+    """`ContinuousPosterior` of models with enumerated sites that are summed out at every point of the continuous ones.
+
+    Questions that reach the enumerated sites run the model once at the nodes or points concerned, the mode three times.
+    """
+
+    summed: SummedSites = field(kw_only=True)
+
+    def probabilities(self, site: str) -> Tensor:
+        """p(c = k | x) [*plates, (T,) K]."""
+        return self.summed.probabilities[site] if site in self.layout.summed else super().probabilities(site)
+
+    def marginal(self, site: str) -> torch.distributions.Distribution:
+        """Categorical (`.probs` [*plates, (T,) K]) of an enumerated site; else as `ContinuousPosterior.marginal`."""
+        if site in self.layout.summed:
+            return categorical_of(self.probabilities(site))
+        return super().marginal(site)
+
+    def mode(self) -> Mode:
+        """The highest point of p(z, c | x), and its log density (a scalar)."""
+        if isinstance(self.kernel, QuadraturePosterior):
+            z, _ = self.summed.mode(self.kernel)
+        else:  # Gaussian although c is summed at every point: c does not depend on z
+            z = self.kernel.mean
+        posterior = self.summed.given(z.unsqueeze(0))
+        mode = posterior.mode()
+        assert posterior.log_evidence_per_datum is not None
+        height = posterior.log_evidence_per_datum + mode.log_prob - self.kernel.log_evidence.detach()
+        values = {**mode.states, **self._as_sites(z.unsqueeze(0), z.new_zeros(1, 1))}
+        return Mode({n: v[0] for n, v in values.items()}, height.reshape(()))
+
+    def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
+        """Joint samples by site, [S, *plates, *event]: z by the rule, then c given that z."""
+        values = super().sample(num_samples, seed)
+        return {**self.summed.sample(self._stacked(values), seed), **values}
+
+    def log_prob(self, assignment: Mapping[str, Tensor]) -> Tensor:
+        """log p(z, c | x) of a value for every site, shaped as `sample` gives them, with S or without: [S?]."""
+        lead = self._samples_of(assignment)
+        own = {n: assignment[n] for n in self.layout.summed}
+        joint = self.summed.log_joint(self._stacked(assignment), own)
+        return (joint - self.kernel.log_evidence.detach()).reshape(lead)
+
+    def pair_marginal(
+        self, first: str, second: str | None = None
+    ) -> Tensor | torch.distributions.Distribution:
+        """Of enumerated sites as `Posterior.pair_marginal`: p(j, k | x) [*plates, J, K], and of a chain. Of an enumerated
+        and a continuous one p(z | c, x), a batch [*plates, (T,) K]. Else as `ContinuousPosterior.pair_marginal`.
+        """
+        enumerated = [n for n in (first, second) if n in self.layout.summed]
+        if not enumerated:
+            return super().pair_marginal(first, second)
+        z, weights = self.kernel.nodes()
+        continuous = [n for n in (first, second) if n is not None and n not in self.layout.summed]
+        if not continuous:
+            return self.summed.expected(lambda p: p.pair_marginal(first, second), z, weights.flatten())
+        columns = list(self._block(continuous[0]).columns)
+        return self.summed.continuous_given(enumerated[0], z, weights.flatten(), columns)
+
+    def entropy(self) -> Tensor:
+        """H[z | x] + E H[c | z, x], differential in z: a scalar."""
+        z, weights = self.kernel.nodes()
+        return super().entropy() + self.summed.expected(lambda p: p.entropy(), z, weights.flatten())
+
+    def to_frame(self) -> pd.DataFrame:
+        """A row per site, datum, position and state, the enumerated sites first."""
+        frames = []
+        for name in self.layout.summed:
+            variable = self.variables[name]
+            steps = () if variable.steps is None else (time_axis(variable.steps),)
+            plates = (*variable.plates, *steps)
+            frames.append(probability_frame(name, self.probabilities(name), plates, self.data_plate))
+        return pd.concat([*frames, super().to_frame()], ignore_index=True)
+
+
+__all__ = ["SummedPosterior", "SummedSites"]
