@@ -61,8 +61,9 @@ def write_report(
         title=_entry(experiment_text, "name") or directory.resolve().name,
         description=describe(experiment_text, tables),
         findings=findings(summary, gaps),
-        header=summary_header(summary),
-        rows=[summary_row(row, summary) for _, row in summary.iterrows()],
+        header=SUMMARY,
+        rows=[summary_row(row) for _, row in summary.iterrows()],
+        heldout=heldout_table(summary),
         messages=[
             (row["fit"], row["status"], row["message"]) for _, row in summary.iterrows() if row["message"]
         ],
@@ -129,15 +130,19 @@ def findings(summary: pd.DataFrame, gaps: pd.DataFrame) -> list[str]:
         text = f"The ELBO of ‘{fit}’ is {nats(row['gap'])} nats below the log evidence at the same parameters"
         if len(worst) and row["gap"] > 0 and worst["gap"].iloc[0] > 1e-9:
             gap, datum = worst["gap"].iloc[0], worst["datum"].iloc[0]
-            text += (
-                f"; {nats(gap)} of them ({100 * gap / row['gap']:.0f} %) belong to the worst datum, {datum}"
-            )
+            share = _share(gap, row["gap"])
+            text += f"; {nats(gap)} of them{share and f' ({share})'} belong to the worst datum, {datum}"
         said.append(text + ".")
     for status, words in STATUS_WORDS.items():
         fits = summary.loc[summary["status"] == status, "fit"].tolist()
         if fits:
             said.append(f"{words}: {', '.join(fits)}.")
     return said
+
+
+def _share(part: float, whole: float) -> str:
+    """In percent; empty where there is none to speak of."""
+    return f"{100 * part / whole:.0f} %" if 0 < whole < math.inf else ""
 
 
 STATUS_WORDS = {
@@ -164,17 +169,21 @@ def _kind(kind: str) -> str:
 TEST_COLUMNS = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
 
 
-def summary_header(summary: pd.DataFrame) -> list[str]:
-    """The columns of the summary on the page; those of the test rows only where there are some."""
-    shown = [name for column, name in TEST_COLUMNS.items() if summary[column].notna().any()]
-    return ["fit", "algorithm", "guide", "status", "steps", "time", "log evidence", "ELBO", "gap", *shown]
+SUMMARY = ("fit", "algorithm", "guide", "status", "steps", "time", "log evidence", "ELBO", "gap")
 
 
-def summary_row(row: pd.Series, summary: pd.DataFrame) -> list[Cell]:
+def heldout_table(summary: pd.DataFrame) -> list[list[str]]:
+    """The scores of the test rows, the header first; empty where no rows were held out."""
+    shown = {column: name for column, name in TEST_COLUMNS.items() if summary[column].notna().any()}
+    rows = [[row["fit"], *(nats(row[column]) for column in shown)] for _, row in summary.iterrows()]
+    return [["fit", *shown.values()], *rows] if shown else []
+
+
+def summary_row(row: pd.Series) -> list[Cell]:
     """One fit: numbers rounded for reading, and of each bound or estimate that it is one."""
     bounded = "bound, estimated" if row["elbo_error"] > 0 else "lower bound"
     gap_kind = "estimate" if row["elbo_error"] > 0 else _kind(row["log_evidence_kind"])
-    cells = [
+    return [
         Cell(row["fit"]),
         Cell(row["algorithm"]),
         Cell(row["guide"] or "–"),
@@ -185,7 +194,6 @@ def summary_row(row: pd.Series, summary: pd.DataFrame) -> list[Cell]:
         _number(row["elbo"], bounded, row["elbo_error"]),
         _number(row["gap"], gap_kind, row["elbo_error"]),
     ]
-    return cells + [_number(row[column]) for column in TEST_COLUMNS if summary[column].notna().any()]
 
 
 def _number(value: float, note: str = "", error: float = math.nan) -> Cell:
@@ -226,7 +234,7 @@ def worst_tables(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, list[str
         header = ["datum", "log evidence", "ELBO", "gap", "share of the total gap", *classed]
         rows = []
         for _, row in worst.iterrows():
-            share = f"{100 * row['gap'] / total:.0f} %" if total > 0 else "–"
+            share = _share(row["gap"], total) or "–"
             cells = [str(row["datum"]), *(nats(row[c]) for c in ("log_evidence", "elbo", "gap")), share]
             rows.append(cells + [said.get(int(row["datum"]), "–") for said in classed.values()])
         if rows:

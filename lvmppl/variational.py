@@ -186,7 +186,10 @@ class Variational(nn.Module):
                     f"{', '.join(left)} alone, summed: left out of q, with nothing to fit",
                     "give a site another head, or fit the exact evidence by em or enumeration",
                 )
-            raise InputError("guide", "a latent site of the model that it serves", found or "no latent site")
+            fix = "use mean_field, which has a head for every support, or `lvmppl list`" if found else ""
+            raise InputError(
+                "guide", "a latent site of the model that it serves", found or "no latent site", fix
+            )
         self._latents = latents
         for name, latent in latents.items():
             if latent.head.module is not None:

@@ -367,3 +367,21 @@ def test_autoguide_serves_a_model_with_parameters(x: Tensor, guide: Callable[...
     fit = lvmppl.fit(_known_location, {"x": x[:, 0]}, "svi", guide=guide, max_steps=3, learning_rate=0.1)
     assert float(fit.parameters["scale"]) != 2.0
     assert math.isfinite(fit.elbo)
+
+
+@pytest.mark.parametrize("columns", [None, 2])
+def test_value_outside_the_support_is_named_and_no_plate_is_blamed(columns: int | None) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            rate = 1.0 + z if columns is None else (1.0 + z).unsqueeze(-1).expand(*z.shape, columns)
+            pyro.sample("x", dist.Poisson(rate).to_event(0 if columns is None else 1), obs=x)
+
+    x = torch.arange(5.0) if columns is None else torch.arange(5.0).unsqueeze(-1).repeat(1, columns)
+    x.view(5, -1)[3, -1] = 2.5
+    with pytest.raises(ModelError) as caught:
+        lvmppl.posterior(model, {"x": x})
+    assert str(caught.value) == (
+        "site 'x' in plate data: expected values in the support of Poisson, IntegerGreaterThan(lower_bound=0), got numbers "
+        "such as 2.5; change the data (their columns, their scale) or the distribution"
+    )

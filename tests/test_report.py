@@ -117,11 +117,33 @@ def test_estimates_and_bounds_are_named(tmp_path: Path) -> None:
     summary = tables.validate("summary", pd.DataFrame([row, noisy, failed]))
     _, page = written(tmp_path, {**{n: tables.empty(n) for n in tables.SCHEMAS}, "summary": summary})
     cells = page.tables[0][1:]
-    assert cells[0][6:] == ["−100.00 ± 0.25 lower bound", "−101.5000 lower bound", "1.5000 lower bound", "–"]
+    assert cells[0][6:] == ["−100.00 ± 0.25 lower bound", "−101.5000 lower bound", "1.5000 lower bound"]
     noisy_elbo, noisy_gap = "−101.50 ± 0.31 bound, estimated", "1.50 ± 0.31 estimate"
-    assert cells[1][6:] == ["−100.0000 exact", noisy_elbo, noisy_gap, "−7.0000"]
-    assert cells[2][6:] == ["–"] * 4
+    assert cells[1][6:] == ["−100.0000 exact", noisy_elbo, noisy_gap]
+    assert cells[2][6:] == ["–"] * 3
+    assert page.tables[1] == [["fit", "test ELBO"], ["local", "–"], ["em", "−7.0000"], ["amortized", "–"]]
     assert "Failed: amortized." in " ".join(page.texts["li"])
+
+
+def test_bound_of_minus_infinity_is_said_without_a_share(tmp_path: Path) -> None:
+    row = {**summary_row("em", -100.0, -np.inf, 9), "status": "diverged", "gap": np.inf}
+    gaps = pd.DataFrame(
+        {
+            "fit": "em",
+            "datum": [0, 1],
+            "log_evidence": [-60.0, -40.0],
+            "elbo": [-np.inf, -41.0],
+            "gap": [np.inf, 1.0],
+        }
+    )
+    frames = {n: tables.empty(n) for n in tables.SCHEMAS}
+    frames["summary"] = tables.validate("summary", pd.DataFrame([row]))
+    frames["gaps"] = tables.validate("gaps", gaps)
+    _, page = written(tmp_path, frames)
+    assert page.texts["li"][1] == (
+        "The ELBO of ‘em’ is ∞ nats below the log evidence at the same parameters; ∞ of them belong to the worst datum, 0."
+    )
+    assert [line[4] for line in page.tables[1][1:]] == ["–", "–"]
 
 
 def test_findings_say_best_fit_gaps_and_what_stopped(frames: Frames, tmp_path: Path) -> None:

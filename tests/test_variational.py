@@ -21,6 +21,7 @@ from lvmppl.algorithms.svi import ascend
 from lvmppl.algorithms.tables import ROW_OPTIMIZERS
 from lvmppl.density import isolated
 from lvmppl.errors import InputError
+from lvmppl.guides.categorical import categorical
 from lvmppl.options import SVIOptions, VEMOptions
 
 X = torch.tensor([0.4, 1.1, 2.3], dtype=torch.float64)
@@ -69,6 +70,34 @@ def walled_by_hand(rate: float, steps: int) -> list[float]:
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.step()
     return seen
+
+
+def impossible(x: Tensor) -> None:
+    """Three states of which the last has probability 0: a q that starts uniform has a bound of −∞."""
+    with pyro.plate("data", len(x)):
+        weights = torch.tensor([0.4, 0.6, 0.0], dtype=torch.float64)
+        z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(torch.tensor([0.0, 1.0, 5.0]).to(x)[z], 1.0), obs=x)
+
+
+def test_closed_form_leaves_an_impossible_state_out_and_equals_the_posterior() -> None:
+    x = torch.tensor([0.3, 1.7, 4.9], dtype=torch.float64)
+    fit = lvmppl.fit(impossible, {"x": x}, algorithm="vem", guide=categorical, max_steps=5)
+    joint = torch.tensor([0.4, 0.6], dtype=torch.float64).log() + dist.Normal(
+        torch.tensor([0.0, 1.0]), 1.0
+    ).log_prob(x.unsqueeze(-1))
+    assert fit.status == "converged" and fit.history["objective"].iloc[0] == -math.inf
+    assert fit.elbo == pytest.approx(float(joint.logsumexp(-1).sum()), rel=1e-12)
+    q = fit.guide_parameters["z_probs"]
+    torch.testing.assert_close(q[:, :2], joint.softmax(-1), rtol=1e-10, atol=0)
+    assert not q[:, 2].any()
+
+
+def test_gradient_from_an_impossible_state_says_that_it_is_one() -> None:
+    x = torch.tensor([0.3, 1.7, 4.9], dtype=torch.float64)
+    fit = lvmppl.fit(impossible, {"x": x}, algorithm="svi", guide=categorical, max_steps=5)
+    assert fit.status == "diverged"
+    assert fit.message.endswith("first in site 'z', which θ makes impossible where q is not 0")
 
 
 def test_failed_step_is_undone_at_half_the_rate_as_by_hand() -> None:

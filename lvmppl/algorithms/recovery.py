@@ -83,12 +83,14 @@ def first_bad_site(problem: Problem, values: Mapping[str, Tensor], indices: Tens
     except ModelError as error:
         return error.where
     weights = GuideWeights(evaluation.guide_factors, evaluation.variables, evaluation.guide_variables)
-    factors = (*evaluation.guide_factors, *evaluation.factors)
+    own = [(factor, "") for factor in evaluation.guide_factors]
+    words = ", which θ makes impossible where q is not 0"
     moving = [v for v in leaves.values() if v.requires_grad]
-    for factor in factors:
+    for factor, why in [*own, *((factor, words) for factor in evaluation.factors)]:
         term = _term(factor, weights, evaluation.plate_sizes)
-        if not math.isfinite(float(term.detach())) or not _finite_gradient(term, moving):
-            return f"site '{factor.site}'"
+        value = float(term.detach())
+        if not math.isfinite(value) or not _finite_gradient(term, moving):
+            return f"site '{factor.site}'{why if value == -math.inf else ''}"
     return f"parameter '{bad[0]}'" if bad else ""
 
 

@@ -156,6 +156,10 @@ class _Alternation:
             self.share()
             self._close_theta()
 
+    def may_begin_at(self, objective: float) -> bool:
+        """A bound of −∞ (q holds states that θ makes impossible) is no bad start of closed forms: they leave these out."""
+        return objective == -math.inf and bool(self.closed.e.blocks) and not self.e_step.leaves
+
     def close_lambda(self) -> None:
         """The λ of closed forms at their maximum."""
         if self.closed.e.blocks:
@@ -267,7 +271,7 @@ def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step
     """Look at the objective, then one E and one M phase; True when the fit is over."""
     estimate = state.objective(step)
     objective = float(estimate.bound)
-    if not math.isfinite(objective):
+    if not math.isfinite(objective) and not (step == 0 and state.may_begin_at(objective)):
         raise NotFinite("ELBO")
     recovery.fine()
     if trajectory.values and not state.holds(objective, trajectory.objective):

@@ -237,9 +237,17 @@ def _naming(name: str, site: Any) -> Iterator[None]:
         raise
     except (ValueError, RuntimeError, IndexError) as error:
         fn, plates = site["fn"], _plates_of(site)
+        where = f"site '{name}'{f' in plate {plates}' if plates else ''}"
+        if "within the support" in str(error):
+            support = getattr(fn.support, "base_constraint", fn.support)  # of one entry of an event
+            wrong = site["value"][~torch.as_tensor(support.check(site["value"]))]
+            expected = f"values in the support of {family_name(fn)}, {support}"
+            got = f"numbers such as {float(wrong.flatten()[0]):g}"
+            fix = "change the data (their columns, their scale) or the distribution"
+            raise ModelError(where, expected, got, fix) from error
         detail = " ".join(str(error).split())[:300]
         raise ModelError(
-            f"site '{name}'{f' in plate {plates}' if plates else ''}",
+            where,
             "a value that its distribution can score, and batch axes that all belong to plates",
             f"value shape {tuple(site['value'].shape)}, batch shape {tuple(fn.batch_shape)}, "
             f"event shape {tuple(fn.event_shape)} ({type(error).__name__}: {detail})",
