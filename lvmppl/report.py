@@ -21,6 +21,7 @@ from PIL import Image
 
 from lvmppl.align import KINDS, aligned_posterior, discrete_sites, reference_fit, responsibilities
 from lvmppl.tables import nats, worst_data
+from lvmppl.top_words import top_words
 
 WORST = 5
 
@@ -49,12 +50,13 @@ def write_report(
     plots: Sequence[Path],
     environment: Mapping[str, Any],
     experiment_text: str,
+    vocabulary: Sequence[str] = (),
 ) -> Path:
     """Writes `report.html` into `directory` and returns its path.
 
     `tables` are the five of a run, `plots` PNGs whose metadata hold title and caption (those of
     `plots.draw_all` do), `environment` what the run recorded of its machine and packages, `experiment_text`
-    the resolved YAML.
+    the resolved YAML, `vocabulary` the words that the data's numbers stand for.
     """
     summary, gaps = tables["summary"], tables["gaps"]
     page = _template().render(
@@ -69,6 +71,7 @@ def write_report(
         ],
         figures=[_figure(path) for path in plots],
         worst=worst_tables(tables),
+        topics=top_words(tables, vocabulary),
         experiment=experiment_text.strip(),
         environment=[(str(key), _plain(value)) for key, value in environment.items()],
     )

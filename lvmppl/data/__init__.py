@@ -62,6 +62,7 @@ class Dataset:
     rows: Tensor
     test_rows: Tensor
     columns: dict[str, tuple[str, ...]]
+    vocabulary: tuple[str, ...] = ()
 
     @property
     def num_rows(self) -> int:
@@ -95,6 +96,7 @@ def load(spec: DataSpec, base: Path, dtype: torch.dtype, seed: int) -> Dataset:
         rows=torch.from_numpy(train),
         test_rows=torch.from_numpy(test),
         columns={name: selection.names for name, selection in chosen.items()},
+        vocabulary=table.vocabulary,
     )
 
 

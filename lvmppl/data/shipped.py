@@ -90,17 +90,21 @@ def _read_lee(name: str, args: Mapping[str, Any]) -> Table:
     if form == "counts":
         counts = np.stack([np.bincount(row, minlength=len(vocabulary)) for row in rows])  # [N, V]
         words: dict[str, Column] = {word: counts[:, number] for word, number in vocabulary.items()}
-        return Table(name, words, {"counts": Block(counts, tuple(vocabulary))}, ("counts",))
+        return Table(
+            name, words, {"counts": Block(counts, tuple(vocabulary))}, ("counts",), tuple(vocabulary)
+        )
     if form == "terms":
         distinct = [np.unique(row, return_counts=True) for row in rows]
         width = max(len(words) for words, _ in distinct)
         terms, counts = (
             np.stack([np.pad(pair[i], (0, width - len(pair[i]))) for pair in distinct]) for i in (0, 1)
         )
-        return Table(name, {}, {"terms": Block(terms), "counts": Block(counts)}, ("terms", "counts"))
+        blocks = {"terms": Block(terms), "counts": Block(counts)}
+        return Table(name, {}, blocks, ("terms", "counts"), tuple(vocabulary))
     lengths = np.array([len(row) for row in rows])
     tokens = np.stack([np.pad(row, (0, int(lengths.max()) - len(row))) for row in rows])  # [N, L]
-    return Table(name, {"lengths": lengths}, {"tokens": Block(tokens)}, ("tokens", "lengths"))
+    columns: dict[str, Column] = {"lengths": lengths}
+    return Table(name, columns, {"tokens": Block(tokens)}, ("tokens", "lengths"), tuple(vocabulary))
 
 
 def _lee_texts() -> list[list[str]]:

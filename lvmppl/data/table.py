@@ -41,12 +41,14 @@ class Table:
     columns: name -> [N], of any type; whether it holds numbers is checked when it is used.
     blocks: name -> array [N, ...].
     whole: the names that stand for the source when the experiment names none, each a tensor of its own.
+    vocabulary: the words that its whole numbers, or the columns of its counts, stand for, where they are words.
     """
 
     label: str
     columns: Mapping[str, Column]
     blocks: Mapping[str, Block] = field(default_factory=dict)
     whole: tuple[str, ...] = ()
+    vocabulary: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         sizes = {name: len(values) for name, values in self._all()}

@@ -91,7 +91,7 @@ def write_pages(
     except Exception as error:
         failed("plots", error)
     try:
-        report.write_report(directory, frames, pictures, environment, experiment_text)
+        report.write_report(directory, frames, pictures, environment, experiment_text, dataset.vocabulary)
     except Exception as error:
         failed("report.html", error)
     return problems, interrupted
