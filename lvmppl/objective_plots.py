@@ -14,6 +14,7 @@ from lvmppl.canvas import BLUE, INK, PANELS, VERMILLION, Picture, Reals, grid, p
 from lvmppl.tables import nats
 
 KIND_NAMES = {"elbo": "ELBO"}
+COLUMNS = 2  # of panels: a third leaves no room for what stands below them
 
 
 @styled
@@ -26,13 +27,12 @@ def objective_curves(history: pd.DataFrame, summary: pd.DataFrame) -> Picture:
     finite = history[np.isfinite(history["objective"])]
     curves = {str(fit): rows for fit, rows in history.groupby("fit", sort=False) if fit in set(finite["fit"])}
     drawn = [str(fit) for fit in summary["fit"] if fit in curves][:PANELS]
-    columns = 3 if len(drawn) > 4 else 2
-    height = 0.6 + 3.5 * -(-max(1, len(drawn)) // columns)
+    height = 0.6 + 3.9 * -(-max(1, len(drawn)) // COLUMNS)
     picture = Picture("Objective of each fit over its steps", 10.0 if len(drawn) > 1 else 7.0, height)
     bests = {fit: _best_restart(curves[fit]) for fit in drawn}
     ends = {fit: summary[summary["fit"] == fit].iloc[0] for fit in drawn}
     limits = _limits([_range(bests[fit]["objective"], float(ends[fit]["log_evidence"])) for fit in drawn])
-    for axes, fit, limit in zip(grid(picture, len(drawn), columns), drawn, limits, strict=True):
+    for axes, fit, limit in zip(grid(picture, len(drawn), COLUMNS), drawn, limits, strict=True):
         axes.set_ylim(*limit)
         _panel(axes, curves[fit], bests[fit], ends[fit])
     restarted = any(rows["restart"].nunique() > 1 for rows in curves.values())
@@ -155,9 +155,7 @@ def _panel(axes: Axes, rows: pd.DataFrame, best: pd.DataFrame, end: pd.Series) -
     axes.legend(
         loc="upper left",
         bbox_to_anchor=(0.0, -0.17),
-        ncols=2,
         handlelength=1.4,
-        columnspacing=1.2,
         borderaxespad=0,
     )
 

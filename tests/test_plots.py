@@ -75,6 +75,24 @@ def test_best_restart_is_bold_and_equals_history(frames: Frames) -> None:
     assert len(faint) == 3 and all(line.get_linewidth() < 1 for line in faint)
 
 
+def test_panels_of_many_fits_have_room(frames: Frames) -> None:
+    """Five fits with guides, which have the most to say below each panel."""
+    history = frames["history"][frames["history"]["fit"] == "amortized"]
+    row = frames["summary"][frames["summary"]["fit"] == "amortized"]
+    names = [f"amortized {i}" for i in range(5)]
+    picture = plots.objective_curves(
+        pd.concat([history.assign(fit=name) for name in names]),
+        pd.concat([row.assign(fit=name) for name in names]),
+    )
+    picture.draw_without_rendering()
+    sizes = [axes.get_position() for axes in picture.axes if axes.lines]
+    assert (
+        len(sizes) == 5
+        and min(size.width for size in sizes) > 0.3
+        and min(size.height for size in sizes) > 0.1
+    )
+
+
 def test_evidence_line_and_gap_equal_summary(frames: Frames) -> None:
     picture = plots.objective_curves(frames["history"], frames["summary"])
     for fit, row in frames["summary"].set_index("fit").iterrows():

@@ -14,6 +14,7 @@ from scipy.stats import norm
 from sklearn.datasets import load_iris
 from typer.testing import CliRunner
 
+import lvmppl
 from lvmppl import cli
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -74,11 +75,23 @@ def test_shipped_experiment_prints_what_the_readme_shows_and_reaches_the_best_kn
     np.testing.assert_allclose(gaps["elbo"] + gaps["gap"], gaps["log_evidence"], rtol=0, atol=1e-6)
 
 
+def test_two_gaps_of_the_readme_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At one θ, what the network loses is the distance of the two bounds; the table of the same family loses nothing."""
+    (tmp_path / "gaps.yaml").write_text(block("yaml", "two-gaps"))
+    monkeypatch.chdir(tmp_path)
+    rows = lvmppl.run("gaps.yaml").summary.set_index("fit")
+    network, table = rows.loc["amortized"], rows.loc["best_q"]
+    assert network["log_evidence"] == pytest.approx(table["log_evidence"], abs=1e-9)
+    assert abs(table["gap"]) < 1e-6 < 1 < network["gap"]
+    assert network["gap"] - table["gap"] == pytest.approx(table["elbo"] - network["elbo"], abs=1e-6)
+
+
 def test_python_of_the_readme_gives_the_posterior_of_its_model() -> None:
     x = torch.tensor(load_iris().data[:, 0])
     names: dict[str, object] = {"x": x}
     exec(block("python", "def two_causes"), names)
     exec(block("python", "import lvmppl"), names)
+    exec(block("python", "lvmppl.posterior"), names)
     fit, post = names["fit"], names["post"]
     theta = {name: value.numpy() for name, value in fit.parameters.items()}  # type: ignore[attr-defined]
     joint = np.log(theta["weights"])[:, None] + np.log(theta["table"])
