@@ -72,7 +72,8 @@ def run(
             from lvmppl import runner
 
             result = runner.run(experiment, out, overrides or [], smoke, progress)
-        _console().print(summary_table(result.summary))
+        console = _console()
+        console.print(summary_table(result.summary, console.width))
         for fit, message in zip(result.summary["fit"], result.summary["message"], strict=True):
             if isinstance(message, str) and message:
                 typer.echo(f"{fit}: {message}")
@@ -176,21 +177,30 @@ def _console() -> Console:
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def summary_table(summary: pd.DataFrame) -> Any:
-    """The summary as a rich table, without the columns that say nothing in this run; held-out rows have one below."""
+def summary_table(summary: pd.DataFrame, width: int = WIDTH) -> Any:
+    """The summary as a rich table, without the columns that say nothing in this run.
+
+    Held-out rows have a table below; so have the numbers where all does not fit into the width.
+    """
     from rich.console import Group
 
     what = {"fit": "fit", "algorithm": "algorithm", "guide": "guide", "status": "status"}
     what |= {"steps": "steps", "seconds": "seconds"}
     train = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
     test = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
-    below = _columns(summary, {"fit": "fit"}, test)
-    above = _columns(summary, what, train)
-    return Group(above, "", below) if summary[[*test]].notna().any(axis=None) else above
+    whole, size = _columns(summary, what, train, width)
+    parts = [whole]
+    if size > width:
+        parts = [_columns(summary, *part, width)[0] for part in ((what, {}), ({"fit": "fit"}, train))]
+    if summary[[*test]].notna().any(axis=None):
+        parts.append(_columns(summary, {"fit": "fit"}, test, width)[0])
+    return Group(parts[0], *(line for part in parts[1:] for line in ("", part)))
 
 
-def _columns(summary: pd.DataFrame, what: dict[str, str], numbers: dict[str, str]) -> Any:
-    """Some columns of the summary, of the numbers those that are there in any row."""
+def _columns(
+    summary: pd.DataFrame, what: dict[str, str], numbers: dict[str, str], width: int
+) -> tuple[Any, int]:
+    """Some columns of the summary, of the numbers those that are there in any row; and how wide they are."""
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -199,10 +209,11 @@ def _columns(summary: pd.DataFrame, what: dict[str, str], numbers: dict[str, str
     names = [column for column in what if column in ("fit", "algorithm", "guide")]
     rows = summary.to_dict("records")
     cells = {c: [_number(r[c], r, c) if c in numbers else _plain(r[c]) for r in rows] for c in titles}
-    for width in (40, 20, 12):  # names break between their words, as late as the line allows
-        broken = {**cells, **{c: [_in_pieces(cell, width) for cell in cells[c]] for c in names}}
+    for longest in (40, 20, 12):  # names break between their words, as late as the line allows
+        broken = {**cells, **{c: [_in_pieces(cell, longest) for cell in cells[c]] for c in names}}
         lines = {c: [titles[c], *(line for cell in broken[c] for line in cell.split("\n"))] for c in titles}
-        if sum(max(map(len, found)) + 1 for found in lines.values()) <= WIDTH:
+        size = sum(max(map(len, found)) + 1 for found in lines.values())
+        if size <= width:
             break
     for column, title in titles.items():
         left = column in names or column == "status"
@@ -210,7 +221,7 @@ def _columns(summary: pd.DataFrame, what: dict[str, str], numbers: dict[str, str
         table.add_column(title, justify="left" if left else "right", **fold)
     for row in zip(*broken.values(), strict=True):
         table.add_row(*row)
-    return table
+    return table, size
 
 
 def _plain(value: Any) -> str:

@@ -114,7 +114,7 @@ def describe(experiment_text: str, tables: Mapping[str, pd.DataFrame]) -> str:
     fits = len(tables["summary"])
     said = f"{fits} fit{'s' if fits != 1 else ''} of {f'the model {model}' if model else 'one model'}"
     said += f" to the data {source}" if source else ""
-    said += f" ({count:,} rows)" if count else ""
+    said += f" ({count:,} row{'s' if count != 1 else ''})" if count else ""
     settings = {key: _entry(experiment_text, key) for key in ("seed", "dtype")}
     return "; ".join([said, *(f"{key} {value}" for key, value in settings.items() if value)]) + "."
 
@@ -131,7 +131,8 @@ def findings(summary: pd.DataFrame, gaps: pd.DataFrame) -> list[str]:
     for _, row in summary[summary["gap"].notna()].iterrows():
         fit, worst = row["fit"], worst_data(gaps, row["fit"], 1)
         text = f"The ELBO of ‘{fit}’ is {nats(row['gap'])} nats below the log evidence at the same parameters"
-        if len(worst) and row["gap"] > 0 and worst["gap"].iloc[0] > 1e-9:
+        several = gaps.loc[gaps["fit"] == fit, "datum"].nunique() > 1
+        if len(worst) and several and row["gap"] > 0 and worst["gap"].iloc[0] > 1e-9:
             gap, datum = worst["gap"].iloc[0], worst["datum"].iloc[0]
             share = _share(gap, row["gap"])
             text += f"; {nats(gap)} of them{share and f' ({share})'} belong to the worst datum, {datum}"

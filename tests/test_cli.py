@@ -862,8 +862,9 @@ def test_bound_that_is_a_mean_over_draws_is_marked_and_so_is_its_gap() -> None:
     assert lines["drawn"][-4:] == ["≈", "-1.9000", "≈", "-0.1000"]
 
 
+@pytest.mark.parametrize("width", [80, 100])
 @pytest.mark.parametrize("tested", [False, True])
-def test_summary_table_breaks_names_between_their_words_only(tested: bool) -> None:
+def test_summary_table_breaks_names_between_their_words_only(tested: bool, width: int) -> None:
     columns = ["log_evidence", "elbo", "gap", *(["test_log_evidence", "test_elbo"] if tested else [])]
     names = {"fit": "em_with_a_long_name", "algorithm": "enumeration", "guide": "categorical_encoder"}
     row = {**names, "status": "max_steps", "steps": 3000, "seconds": 64.6, "log_evidence_kind": "exact"}
@@ -872,16 +873,16 @@ def test_summary_table_breaks_names_between_their_words_only(tested: bool) -> No
         "test_elbo": float("nan"),
         **dict.fromkeys(columns, -12345.6789),
     }
-    lines = printed(pd.DataFrame([row]))
-    assert max(map(len, lines)) <= 100
+    lines = printed(pd.DataFrame([row]), width)
+    assert max(map(len, lines)) <= width
     words = set(re.findall(r"[a-z]{3,}", " ".join(lines).lower()))
     assert {"with", "long", "name", "enumeration", "categorical", "encoder"} <= words
     assert ("test" in words) == tested and sum(line.count("-12345.6789") for line in lines) == len(columns)
 
 
-def printed(summary: pd.DataFrame) -> list[str]:
+def printed(summary: pd.DataFrame, width: int = cli.WIDTH) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=cli.WIDTH, highlight=False).print(cli.summary_table(summary))
+    Console(file=stream, width=width, highlight=False).print(cli.summary_table(summary, width))
     return stream.getvalue().splitlines()
 
 

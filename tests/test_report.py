@@ -146,6 +146,20 @@ def test_bound_of_minus_infinity_is_said_without_a_share(tmp_path: Path) -> None
     assert [line[4] for line in page.tables[1][1:]] == ["–", "–"]
 
 
+def test_one_datum_is_not_called_the_worst(tmp_path: Path) -> None:
+    summary = tables.validate("summary", pd.DataFrame([summary_row("em", -100.0, -101.5, 9)]))
+    gaps = pd.DataFrame(
+        {"fit": ["em"], "datum": [0], "log_evidence": [-100.0], "elbo": [-101.5], "gap": [1.5]}
+    )
+    frames = {**{n: tables.empty(n) for n in tables.SCHEMAS}, "summary": summary}
+    _, page = written(tmp_path, {**frames, "gaps": tables.validate("gaps", gaps)})
+    assert (
+        page.texts["li"][1]
+        == "The ELBO of ‘em’ is 1.5000 nats below the log evidence at the same parameters."
+    )
+    assert "(1 row);" in page.texts["p"][0]
+
+
 def test_findings_say_best_fit_gaps_and_what_stopped(frames: Frames, tmp_path: Path) -> None:
     _, page = written(tmp_path, frames)
     said = page.texts["li"]
