@@ -99,11 +99,57 @@ def test_how_a_model_is_run_is_found_once_for_all_rows() -> None:
     x = torch.linspace(-6.0, 6.0, 1500, dtype=torch.float64)
     post = lvmppl.posterior(model, {"x": x})
     assert (
-        sum(single) == 4
-    )  # for the structure, for the variables, and at two points beside the same two at once
+        sum(single) == 3
+    )  # for the structure, for the variables, and at a point beside the same among others
     each = [
         integrate.quad(lambda z, v=v: stats.norm.pdf(z) * stats.t.pdf((v - z) / 0.5, 3) / 0.5, -12, 12)[0]
         for v in (-6.0, 6.0)
     ]
     assert post.log_evidence_per_datum is not None
     np.testing.assert_allclose(post.log_evidence_per_datum[[0, -1]], np.log(each), atol=1e-6)
+
+
+LABELS = torch.tensor([0.3, 0.7], dtype=torch.float64)
+ENUMERATE = {"enumerate": "parallel"}
+
+
+def labelled_rows(x: Tensor, y: Tensor) -> None:
+    w = pyro.sample("w", normal(1.0, x.shape[1]).to_event(1))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(LABELS), infer=ENUMERATE)
+        pyro.sample("y", dist.Normal(x @ w + c, 0.5), obs=y)
+
+
+def label_of_all(x: Tensor, y: Tensor) -> None:
+    c = pyro.sample("c", dist.Categorical(LABELS), infer=ENUMERATE)
+    w = pyro.sample("w", normal(1.0, x.shape[1]).to_event(1))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(x @ w + c, 0.5), obs=y)
+
+
+def labelled_sum(x: Tensor, y: Tensor) -> None:
+    """Runs at many points at once, and wrongly."""
+    w = pyro.sample("w", normal(1.0, x.shape[1]).to_event(1))
+    with pyro.plate("data", len(x)):
+        c = pyro.sample("c", dist.Categorical(LABELS), infer=ENUMERATE)
+        pyro.sample("y", dist.Normal(w.sum() + c, 0.5), obs=y)
+
+
+def test_single_points_with_an_enumerated_site_equal_the_sum_over_its_states() -> None:
+    """Given the label everything is Gaussian."""
+    design, y = X.numpy()[:4], Y[:4]
+    covariance = design @ design.T + 0.25 * np.eye(4)
+    logs = [
+        stats.multivariate_normal(np.zeros(4), covariance).logpdf(y.numpy() - c) + np.log(LABELS[c].item())
+        for c in range(2)
+    ]
+    post = lvmppl.posterior(label_of_all, {"x": X[:4], "y": y})
+    assert post.log_evidence == pytest.approx(np.logaddexp(*logs), abs=1e-9)
+    assert post.kind == "exact"
+
+
+@pytest.mark.parametrize("model", [labelled_rows, labelled_sum])
+def test_more_single_points_than_a_sum_over_labels_affords_are_refused(model: Callable[..., None]) -> None:
+    """A label of every row is summed out at each of the points that a dense scan needs."""
+    with pytest.raises(IntractableError, match="takes many values of w at once"):
+        lvmppl.posterior(model, {"x": X[:4, :1], "y": Y[:4]})

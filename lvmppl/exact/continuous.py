@@ -11,6 +11,7 @@ Shapes: S points, C = (C₁, …) enumerated sites, N data, d dimensions.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -72,7 +73,7 @@ class LogJointOfModel:
     Factors outside of the data plate depend on no row's z where rows are data: `constant_part` has them.
 
     A model that does not take many points at once (`x @ w` reads a second axis of w as a matrix) is found at the first
-    call, by comparison with one point at a time, and then runs once a point.
+    call, by comparison with a single point, and then runs once a point and configuration.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class LogJointOfModel:
     ) -> None:
         self.joint, self.data, self.values, self.layout = joint, data, values, layout
         self.plate = joint.structure.data_plate
-        self._manner = manner or _Manner(False if layout.discrete or layout.summed else None)
+        self._manner = manner or _Manner(None)
 
     @property
     def device(self) -> torch.device:
@@ -99,25 +100,30 @@ class LogJointOfModel:
 
     def evaluation(self, z: Tensor) -> Evaluation:
         """The factors with the sites held at z."""
+        return self._stacked(z) if self._runs_singly(z) else self._together(z)
+
+    def _together(self, z: Tensor) -> Evaluation:
         return held_at(self.joint, self.layout, z).evaluate(self.data, self.values)
 
     def __call__(self, z: Tensor) -> Tensor:
-        if self.layout.summed:
-            return torch.cat([self._summed(part) for part in pieces_of(z, self.entries)]).reshape(
-                z.shape[:-1]
-            )
-        return self._one_by_one(z) if self._runs_singly(z) else self._at_once(z)
+        if not self.layout.summed:
+            return self._value(self.evaluation(z), z)
+        parts = [self._value(self.evaluation(part), part) for part in pieces_of(z, self.entries)]
+        return torch.cat(parts)
 
     def _runs_singly(self, z: Tensor) -> bool:
         if self._manner.singly is None:
             self._manner.singly = not self._takes_many(z)
         return self._manner.singly
 
-    def _at_once(self, z: Tensor) -> Tensor:
+    def _value(self, evaluation: Evaluation, z: Tensor) -> Tensor:
+        """The log joint at z [S, *rows, d] from its factors there: [S, *rows]."""
+        if self.layout.summed:
+            return log_joint_at(evaluation, self._of_rows(evaluation), len(z)).reshape(z.shape[:-1])
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
         rows = (self.layout.plate_sizes[tail[0]],) if tail else ()
-        total = self._total(self.evaluation(z), (*lead, *tail))
+        total = self._total(evaluation, (*lead, *tail))
         target = (*self.layout.discrete_sizes, z.shape[0], *rows)
         return total.expand(target).movedim(len(lead) - 1, 0).reshape(z.shape[:-1])
 
@@ -133,31 +139,58 @@ class LogJointOfModel:
         return total
 
     def _takes_many(self, z: Tensor) -> bool:
-        """Whether the model at several points at once is what it is at the first and at the last of them.
+        """Whether the model at three points at once is, at the second, what it is there alone.
 
         Raises:
             ModelError: it runs neither way.
         """
-        ends = z.detach()[[0, -1]]
+        # between the points, as at these themselves sums over all of them may vanish
+        shares = torch.rand(3, len(z), generator=torch.Generator().manual_seed(0)).to(z)
+        three = torch.tensordot(shares / shares.sum(1, keepdim=True), z.detach(), 1)
         with torch.no_grad():
             try:
-                together = self._at_once(ends)
+                together = self._value(self._together(three), three)[1]
             except ModelError as error:
                 try:
-                    self._one_by_one(ends)
+                    self._last_alone(three[1])
                 except ModelError:
                     raise error from None
                 return False
             try:
-                apart = self._one_by_one(ends)
+                alone = self._last_alone(three[1])
             except (ModelError, IntractableError):
                 return True
         tolerance = 1e-3 if z.dtype == torch.float32 else 1e-6
-        return torch.allclose(together, apart, rtol=tolerance, atol=tolerance, equal_nan=True)
+        last = together.reshape(math.prod(self.layout.discrete_sizes), -1)[-1]
+        return torch.allclose(last, alone, rtol=tolerance, atol=tolerance, equal_nan=True)
 
-    def _one_by_one(self, z: Tensor) -> Tensor:
-        """The same, each point as the model itself would draw it."""
-        self._manner.evaluated += len(z)
+    def _last_alone(self, point: Tensor) -> Tensor:
+        """The log joint at one point [*rows, d] and the last configuration, as the model itself would draw them: [N] or
+        [1].
+        """
+        (evaluation,) = self._alone(point, [math.prod(self.layout.discrete_sizes) - 1])
+        if self.layout.summed:
+            return log_joint_at(evaluation, self._of_rows(evaluation), 1)
+        tail = (self.plate,) if self.layout.local and self.plate is not None else ()
+        return self._total(evaluation, tail).expand([self.layout.plate_sizes[p] for p in tail]).reshape(-1)
+
+    def _alone(self, point: Tensor, configurations: Sequence[int]) -> list[Evaluation]:
+        """A pass for each of these configurations, with the values that it has at one point [*rows, d]."""
+        sizes = self.layout.discrete_sizes
+        flat = point.reshape(math.prod(sizes), *point.shape[len(sizes) :])
+        found = []
+        for number in configurations:
+            held = {b.name: self._drawn(b, flat[number]) for b in self.layout.blocks}
+            evaluation = self.joint.held(held).evaluate(self.data, self.values)
+            states = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
+            chosen = {n: int(k) for n, k in zip(self.layout.discrete, states, strict=True)}
+            found.append(replace(evaluation, factors=tuple(_at(f, chosen) for f in evaluation.factors)))
+        return found
+
+    def _stacked(self, z: Tensor) -> Evaluation:
+        """The factors at z [S, *rows, d] from a pass for every point and configuration."""
+        sizes = self.layout.discrete_sizes
+        self._manner.evaluated += len(z) * math.prod(sizes)
         if self._manner.evaluated > _MAX_SINGLE:
             names = ", ".join(b.name for b in self.layout.blocks)
             raise IntractableError(
@@ -166,45 +199,40 @@ class LogJointOfModel:
                 f"one that runs with one at a time only, and more than {_MAX_SINGLE:,} points to run it at",
                 "write products so that axes to the left are carried along: (x * w).sum(-1) for x @ w",
             )
-        tail = (self.plate,) if self.layout.local and self.plate is not None else ()
-        parts = []
-        for point in z:
-            total = self._total(self._evaluation_at(point), tail)
-            parts.append(total.expand([self.layout.plate_sizes[p] for p in tail]))
-        return torch.stack(parts).reshape(z.shape[:-1])
-
-    def _evaluation_at(self, point: Tensor) -> Evaluation:
-        held = {b.name: self._drawn(b, point) for b in self.layout.blocks}
-        return self.joint.held(held).evaluate(self.data, self.values)
+        every = [e for point in z for e in self._alone(point, range(math.prod(sizes)))]
+        factors = []
+        for parts in zip(*(e.factors for e in every), strict=True):
+            table = torch.stack([f.log_prob for f in parts])
+            table = table.reshape(len(z), *sizes, *table.shape[1:])
+            dims = (POINTS, *self.layout.discrete, *parts[0].dims)
+            factors.append(replace(parts[0], log_prob=table, dims=dims))
+        return replace(every[0], factors=tuple(factors))
 
     def dependent(self, z: Tensor) -> list[str]:
         """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1."""
         with torch.no_grad():
-            if not self._runs_singly(z):
-                return [f.site for f in self.evaluation(z).factors if POINTS in f.dims]
-            first, *others = (self._evaluation_at(point).factors for point in z)
-        return [
-            f.site
-            for i, f in enumerate(first)
-            if not all(torch.equal(f.log_prob, other[i].log_prob) for other in others)
-        ]
+            factors = [f for f in self.evaluation(z).factors if POINTS in f.dims]
+        if not self._runs_singly(z):
+            return [f.site for f in factors]
+        return [f.site for f in factors if not torch.equal(f.log_prob, f.log_prob[:1].expand_as(f.log_prob))]
 
     def _drawn(self, block: Block, point: Tensor) -> Tensor:
-        """One site's value at one point [*rows, d], with the axes that its own plates give it."""
-        placed = _placed(self.joint, self.layout, block, point.unsqueeze(0))
+        """One site's value at one point [N?, d] of one configuration, with the axes that its own plates give it."""
+        plain = replace(self.layout, discrete=(), discrete_sizes=())
+        placed = _placed(self.joint, plain, block, point.unsqueeze(0))
         axes = self.joint.structure.plate_axes
         own = [-axes[p] for p in self.joint.structure.sites[block.name].plates]
         rank = max(own, default=0) + len(block.event_shape)
         return placed.reshape(placed.shape[placed.dim() - rank :])
 
-    def _summed(self, z: Tensor) -> Tensor:
-        return log_joint_at(*self.factors(z), len(z))
-
     def factors(self, z: Tensor) -> tuple[Evaluation, list[Factor]]:
         """One pass with the sites held at z, and those of its factors that belong to rows."""
         evaluation = self.evaluation(z)
+        return evaluation, self._of_rows(evaluation)
+
+    def _of_rows(self, evaluation: Evaluation) -> list[Factor]:
         own = (f for f in evaluation.factors if not is_constant(f, self.joint, self.layout))
-        return evaluation, list(relative_to(self.layout.scale, own))
+        return list(relative_to(self.layout.scale, own))
 
     @cached_property
     def entries(self) -> int:
@@ -222,6 +250,16 @@ class LogJointOfModel:
             if plate not in named.dims and plate not in dims:
                 tensor = tensor * self.layout.plate_sizes[plate]
         return align(Named(tensor, tuple(d for d in named.dims if d in dims)), dims)
+
+
+def _at(factor: Factor, states: Mapping[str, int]) -> Factor:
+    """A factor with enumerated sites at these states."""
+    table, dims = factor.log_prob, factor.dims
+    for name, state in states.items():
+        if name in dims:
+            table = table.select(dims.index(name), state)
+            dims = tuple(d for d in dims if d != name)
+    return replace(factor, log_prob=table, dims=dims)
 
 
 def constant_part(joint: Joint, evaluation: Evaluation, layout: Layout) -> Tensor:
