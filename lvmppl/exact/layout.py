@@ -109,6 +109,12 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
             "use svi with a guide over both",
         )
     within = any(set(s.plates) - home for s in enumerated)
+    if within and local:
+        raise _intractable(
+            [s for s in enumerated if set(s.plates) - home],
+            f"discrete sites in plates within '{plate}', beside continuous sites of each row of it",
+            "use vem or svi, or take the rows of that plate one call at a time",
+        )
     summed = tuple(structure.enumerated) if chains or within else ()
     blocks, begin, transforms, lengths = [], 0, [], []
     for site in latents:
