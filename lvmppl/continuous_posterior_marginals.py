@@ -30,6 +30,10 @@ class Path:
         return self.posterior.log_evidence
 
     @property
+    def log_evidence_error(self) -> Tensor:
+        return self.posterior.log_evidence_error
+
+    @property
     def mean(self) -> Tensor:
         return self.posterior.mean.flatten(-2)
 

@@ -27,6 +27,8 @@ from lvmppl.exact.quadrature import QuadraturePosterior
 from lvmppl.posterior_frames import categorical_of, moment_frame, probability_frame
 from lvmppl.posteriors import Mode
 
+_ROUNDING = 1e-9  # error of log Z relative to it from which a Gaussian path is no longer called exact
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ContinuousPosterior:
@@ -34,7 +36,8 @@ class ContinuousPosterior:
 
     kind: `exact`, `quadrature`, or `estimate` where nothing bounds what may have been overlooked between the points that
     were looked at, as under a `pyro.factor` (`proven` is False; `engine` says why). log_evidence_error bounds the absolute
-    error of the total: 0 for the Gaussian, ∞ for an estimate.
+    error of the total: 0 for the Gaussian, ∞ for an estimate; of a Gaussian path so stiff that rounding of its precision
+    shows, an estimate too, the error is finite.
     constant: what factors outside of the data plate add to the log evidence, where rows are data; by the states of the
     sites that rows share.
     """
@@ -66,7 +69,11 @@ class ContinuousPosterior:
     def kind(self) -> str:
         if not self.proven:
             return "estimate"
-        return "quadrature" if isinstance(self.kernel, QuadraturePosterior) else "exact"
+        if isinstance(self.kernel, QuadraturePosterior):
+            return "quadrature"
+        evidence = self.kernel.log_evidence.detach().nan_to_num(neginf=0.0)
+        rounded = self.kernel.log_evidence_error > _ROUNDING * (1.0 + evidence.abs())
+        return "estimate" if bool(rounded.any()) else "exact"
 
     @property
     def _lead(self) -> tuple[int, ...]:
@@ -103,8 +110,8 @@ class ContinuousPosterior:
     @property
     def log_evidence_error_per_datum(self) -> Tensor:
         """Bound on the absolute error of log p(x⁽ⁿ⁾) [N]: that of each configuration, weighted by its probability."""
-        if not self.proven or not isinstance(self.kernel, QuadraturePosterior):
-            return torch.full_like(self._by_row, 0.0 if self.proven else math.inf)
+        if not self.proven:
+            return torch.full_like(self._by_row, math.inf)
         error = self.kernel.log_evidence_error
         # |log Σ e^{a+δ} − log Σ e^a| ≤ max |δ| over configurations that matter, hence ≤ log Σ p(c) e^{|δ|}
         weights = self._weights.log() + error

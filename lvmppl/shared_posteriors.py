@@ -83,8 +83,8 @@ class SharedPosterior(ContinuousPosterior):
     @property
     def log_evidence_error_per_datum(self) -> Tensor:
         """Bound on the absolute error of log p(x), [1]."""
-        if not self.proven or not isinstance(self.kernel, QuadraturePosterior):
-            return torch.full_like(self._by_row, 0.0 if self.proven else math.inf)
+        if not self.proven:
+            return torch.full_like(self._by_row, math.inf)
         error = by_sharing(self.kernel.log_evidence_error, self.layout)
         rows = log_sum_exp(self._given.log() + error, 1)
         rows = torch.where(self._given.sum(1) > 0, rows, 0.0)

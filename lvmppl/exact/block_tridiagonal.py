@@ -18,14 +18,15 @@ is in nats. Source: Golub & Van Loan, *Matrix Computations*, 4th ed., section 4.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from lvmppl.exact.evaluation import ImproperPosterior
-from lvmppl.exact.gaussian import LOG_2PI, unwhiten
+from lvmppl.exact.gaussian import LOG_2PI, rough_cholesky, unwhiten
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,19 @@ class Level:
     shift: Tensor  # [B, E, d]
 
 
-Measured = Callable[[Sequence[Level]], tuple[Tensor, Tensor, Tensor]]
-"""Levels that are eliminated → ``diag``, ``off`` and ``linear`` of the steps that are left."""
+_AMPLIFIED = 100.0  # how much larger than ‖E‖² the error may be: ten times was seen
+
+
+class Measured(Protocol):
+    """Who knows a quadratic better than its rounded matrix."""
+
+    def left(self, levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+        """``diag``, ``off`` and ``linear`` of the steps that are left when these levels are eliminated."""
+
+    def own(self, levels: Sequence[Level], factor: Tensor) -> Tensor:
+        """F⁻¹ D F⁻ᵀ ``[B, E, d, d]`` of every second step that is left, in units of ``factor`` F, a rough one of D; I
+        where it is so to the rounding of the measurement.
+        """
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,8 @@ class StateSpacePosterior:
     """p(z_1..T | x) of every sequence.
 
     ``log_evidence [B]`` is differentiable; ``mean [B, T, d]``, ``covariance [B, T, d, d]`` (marginal),
-    ``cross_covariance [B, T-1, d, d]`` (Cov(z_{t+1}, z_t)) and ``entropy [B]`` are detached.
+    ``cross_covariance [B, T-1, d, d]`` (Cov(z_{t+1}, z_t)) and ``entropy [B]`` are detached. ``log_evidence_error [B]``:
+    0, to rounding; where levels were measured, an estimate of what rounding of the matrix has left of it.
     """
 
     log_evidence: Tensor
@@ -70,6 +83,7 @@ class StateSpacePosterior:
     covariance: Tensor
     cross_covariance: Tensor
     entropy: Tensor
+    log_evidence_error: Tensor
     quadratic: BlockTridiagonal = field(repr=False)
     _levels: tuple[Level, ...] = field(repr=False)
 
@@ -133,7 +147,7 @@ def block_tridiagonal_posterior(
     given = BlockTridiagonal(diag, off, linear, const, centre)
     with torch.no_grad():
         quadratic = BlockTridiagonal(*(v.detach() for v in (diag, off, linear, const, centre)))
-        levels, log_evidence, half_log_det = _eliminate(quadratic, measured)
+        levels, log_evidence, half_log_det, error = _eliminate(quadratic, measured)
         white, covariance, cross = _marginals(levels, linear.shape)
         size = linear.shape[-2] * linear.shape[-1]
         entropy = 0.5 * size * (1.0 + LOG_2PI) - half_log_det
@@ -141,7 +155,7 @@ def block_tridiagonal_posterior(
         expected = _expected(given, white, covariance, cross)
         log_evidence = log_evidence + (expected - expected.detach())
     return StateSpacePosterior(
-        log_evidence, white + quadratic.centre, covariance, cross, entropy, quadratic, levels
+        log_evidence, white + quadratic.centre, covariance, cross, entropy, error, quadratic, levels
     )
 
 
@@ -164,32 +178,37 @@ def restricted(levels: Sequence[Level], gradient: Tensor) -> Tensor:
 
 def _eliminate(
     quadratic: BlockTridiagonal, measured: Measured | None
-) -> tuple[tuple[Level, ...], Tensor, Tensor]:
-    """Integrate out steps 0, 2, 4, … of what is left until nothing is: the levels, log Z and ½ log|Λ|,
-    ``[B]``.
+) -> tuple[tuple[Level, ...], Tensor, Tensor, Tensor]:
+    """Integrate out steps 0, 2, 4, … of what is left until nothing is: the levels, log Z, ½ log|Λ| and the error, ``[B]``.
+
+    Measured blocks D' = F (I + E) Fᵀ beside the matrix's D = FFᵀ tell that the couplings, of the same rounding, are off by
+    about E in units of a standard deviation: log Z by ‖E‖², the second order, as the most probable path is a maximum.
     """
     diag, off, linear = quadratic.diag, quadratic.off, quadratic.linear.unsqueeze(-1)
-    levels, squares, half_log_det = [], torch.zeros_like(quadratic.const), torch.zeros_like(quadratic.const)
+    levels: list[Level] = []
+    zero = torch.zeros_like(quadratic.const)
+    squares, half_log_det, error = zero, zero, zero
     while diag.shape[-3] > 0:
-        cholesky = _cholesky(diag[..., 0::2, :, :])
+        rough, cholesky, deviation = _factors(diag[..., 0::2, :, :], levels, measured)
+        error = error + deviation
         eliminated, kept = cholesky.shape[-3], diag.shape[-3] - cholesky.shape[-3]
         couplings = torch.cat(
             [
                 _padded(off[..., 1::2, :, :], 1, eliminated),
                 _padded(off[..., 0::2, :, :].mT, 0, eliminated),
-                linear[..., 0::2, :, :],
             ],
             -1,
         )
-        half = torch.linalg.solve_triangular(cholesky, couplings, upper=False)
-        full = torch.linalg.solve_triangular(cholesky.mT, half, upper=True)
-        before, after, shift = half.split([*diag.shape[-2:], 1], -1)
-        minus_before, minus_after, centred = full.split([*diag.shape[-2:], 1], -1)
-        levels.append(Level(cholesky, -minus_before, -minus_after, centred.squeeze(-1)))
+        half = torch.linalg.solve_triangular(rough, couplings, upper=False)
+        before, after = half.split(diag.shape[-1], -1)
+        minus_before, minus_after = _unwhitened(rough, half).split(diag.shape[-1], -1)
+        shift = torch.linalg.solve_triangular(cholesky, linear[..., 0::2, :, :], upper=False)
+        centred = _unwhitened(cholesky, shift).squeeze(-1)
+        levels.append(Level(cholesky, -minus_before, -minus_after, centred))
         squares = squares + 0.5 * shift.square().sum((-3, -2, -1))
         half_log_det = half_log_det + cholesky.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
         if measured is not None and kept:
-            diag, off, vector = measured(levels)
+            diag, off, vector = measured.left(levels)
             linear = vector.unsqueeze(-1)
             continue
         # Step 2j + 1 stays: it is the neighbour after step 2j and, if there is one, before step 2j + 2.
@@ -200,7 +219,35 @@ def _eliminate(
         linear = linear[..., 1::2, :, :] - after.mT @ shift - next_before.mT @ next_shift
         off = -(after[..., 1:, :, :].mT @ before[..., 1:kept, :, :])
     size = quadratic.linear.shape[-2] * quadratic.linear.shape[-1]
-    return tuple(levels), quadratic.const + squares - half_log_det + 0.5 * LOG_2PI * size, half_log_det
+    log_evidence = quadratic.const + squares - half_log_det + 0.5 * LOG_2PI * size
+    return tuple(levels), log_evidence, half_log_det, error
+
+
+def _factors(
+    matrix: Tensor, levels: Sequence[Level], measured: Measured | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower Cholesky factors of the precision of the steps that are eliminated next: of the matrix F, and as measured
+    F chol(I + E), and Σ ‖E‖² ``[B]``.
+
+    What these steps are given their neighbours comes from the former, of which the couplings are rows too: an error common
+    to both is then no part of it.
+    """
+    if measured is None:
+        cholesky = _cholesky(matrix)
+        return cholesky, cholesky, cholesky.new_zeros(())
+    rough, identity = rough_cholesky(matrix), torch.eye(matrix.shape[-1]).to(matrix)
+    found = measured.own(levels, rough)
+    deviation = (found - identity).square().sum((-2, -1))
+    return (
+        rough,
+        rough @ _cholesky(found),
+        _AMPLIFIED * deviation.sum(-1),
+    )
+
+
+def _unwhitened(cholesky: Tensor, columns: Tensor) -> Tensor:
+    solved: Tensor = torch.linalg.solve_triangular(cholesky.mT, columns, upper=True)
+    return solved
 
 
 def _marginals(levels: tuple[Level, ...], shape: torch.Size) -> tuple[Tensor, Tensor, Tensor]:

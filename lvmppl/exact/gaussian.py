@@ -56,6 +56,11 @@ class GaussianPosterior:
     precision_cholesky: Tensor
 
     @property
+    def log_evidence_error(self) -> Tensor:
+        """0, to rounding: ``[*rows]``."""
+        return torch.zeros_like(self.log_evidence)
+
+    @property
     def mode(self) -> Tensor:
         """The joint MAP, which is the mean: ``[*rows, d]``."""
         return self.mean
@@ -150,6 +155,22 @@ def unwhiten(factor: Tensor, white: Tensor) -> Tensor:
     columns = white.flatten(0, lead - 1).movedim(0, -1) if lead else white.unsqueeze(-1)  # [*rows, d, S]
     solved: Tensor = torch.linalg.solve_triangular(factor.mT, columns, upper=True)
     return solved.movedim(-1, 0).reshape(white.shape)
+
+
+def rough_cholesky(matrix: Tensor) -> Tensor:
+    """A lower L with LLᵀ ≈ ``matrix [..., d, d]``, also where rounding made its least eigenvalues 0 or negative: these
+    become ε times the largest. Not finite where the matrix is not.
+    """
+    cholesky: Tensor
+    cholesky, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed.any():
+        return cholesky
+    values, vectors = torch.linalg.eigh(matrix.nan_to_num(0.0, 0.0, 0.0))
+    least = torch.finfo(matrix.dtype).eps * values.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    root = vectors * torch.maximum(values.abs(), least).sqrt().unsqueeze(-2)  # matrix ≈ root rootᵀ
+    upper = torch.linalg.qr(root.mT).R
+    lower = upper.mT * upper.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return torch.where((failed != 0)[..., None, None], lower, cholesky)
 
 
 def _local_quadratic(

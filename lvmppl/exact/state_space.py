@@ -11,7 +11,7 @@ Shapes: ``B`` sequences (any shape ``rows``), ``T`` steps, ``d`` dims of the sta
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from lvmppl.exact.evaluation import (
     value_and_gradient,
     with_gradient,
 )
-from lvmppl.exact.gaussian import STEP, refuse_above_one
+from lvmppl.exact.gaussian import STEP, refuse_above_one, unwhiten
 
 _CHECK_RADII = (0.5, 30.0, 1e3)
 _MAX_CANCELLATION = 1e3  # from which levels are measured anew
@@ -74,6 +74,7 @@ def state_space_posterior(
     scale = posterior.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     posterior = _posterior_at(total, posterior.mean, STEP * scale, chunk)
     _check_tridiagonal(total, posterior.quadratic, scale, rtol, chunk)
+    posterior = _with_error(total, posterior, chunk)
     if not torch.is_grad_enabled():
         return posterior
     paths, weights = posterior.nodes()
@@ -89,21 +90,63 @@ def _posterior_at(total: LogJoint, centre: Tensor, step: Tensor, chunk: int) -> 
     """
     whole = _coloured(total, centre, step, chunk)
     parts = (whole.diag, whole.off, whole.linear, whole.const, whole.centre)
-
-    def measured(levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
-        left = step
-        for _ in levels:
-            left = left[..., 1::2, :]
-        found = _coloured(total, centre, left, chunk, levels)
-        return found.diag, found.off, found.linear
-
     try:
         found = block_tridiagonal_posterior(*parts)
         if bool((found.cancellation <= _MAX_CANCELLATION).all()):
             return found
     except ImproperPosterior:  # perhaps by rounding alone
         pass
-    return block_tridiagonal_posterior(*parts, measured)
+    return block_tridiagonal_posterior(*parts, _Probe(total, centre, step, chunk))
+
+
+def _with_error(total: LogJoint, posterior: StateSpacePosterior, chunk: int) -> StateSpacePosterior:
+    """Beside ‖E‖², where levels were measured: log Z and E_post[log p(x, z)] + entropy, which are one if all is right."""
+    if not bool((posterior.cancellation > _MAX_CANCELLATION).any()):
+        return posterior
+    paths, weights = posterior.nodes()
+    bound = (weights * evaluate(total, paths.flatten(-2), chunk)).sum(0) + posterior.entropy
+    difference = (bound - posterior.log_evidence).abs().nan_to_num(nan=0.0)
+    return replace(posterior, log_evidence_error=posterior.log_evidence_error + difference)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """The quadratic along paths that are the most probable between the steps left, by gradients: `Measured`."""
+
+    total: LogJoint
+    centre: Tensor
+    step: Tensor
+    chunk: int
+
+    def left(self, levels: Sequence[Level]) -> tuple[Tensor, Tensor, Tensor]:
+        step = self.step
+        for _ in levels:
+            step = step[..., 1::2, :]
+        found = _coloured(self.total, self.centre, step, self.chunk, levels)
+        return found.diag, found.off, found.linear
+
+    def own(self, levels: Sequence[Level], factor: Tensor) -> Tensor:
+        """All steps that are eliminated next move at once, as no two of them are neighbours: d + 1 gradients."""
+        *rows, count, dim = factor.shape[:-1]
+        white = STEP * torch.eye(dim).to(factor).view(dim, *[1] * (len(rows) + 1), dim)
+        moves = unwhiten(factor, white.expand(dim, *rows, count, dim))
+        steps = self.centre.shape[-2]
+        for _ in levels:
+            steps //= 2
+        path = moves.new_zeros(dim, *rows, steps, dim)
+        path[..., 0::2, :] = moves
+        z = torch.cat([self.centre.unsqueeze(0), self.centre + prolonged(levels, path)])
+        _, flat = value_and_gradient(self.total, z.flatten(-2), self.chunk)
+        gradient = restricted(levels, flat.reshape(z.shape))[..., 0::2, :]
+        change = torch.linalg.solve_triangular(
+            factor, (gradient[0] - gradient[1:]).movedim(0, -1), upper=False
+        )
+        found = 0.5 * (change + change.mT) / STEP
+        identity = torch.eye(dim).to(found)
+        largest = self.centre.abs().amax((-2, -1))[..., None] * factor.abs().amax((-2, -1))
+        noise = 8.0 * torch.finfo(found.dtype).eps * (1.0 + largest / STEP)  # z itself is rounded
+        settled = (found - identity).abs().amax((-2, -1)) <= noise
+        return torch.where(settled[..., None, None], identity, found)
 
 
 def _flat(log_joint: LogJoint, num_steps: int, dim: int) -> LogJoint:
