@@ -17,7 +17,7 @@ from lvmppl.exact.continuous import (
     LogJointOfModel,
     constant_part,
 )
-from lvmppl.exact.evaluation import NotQuadratic
+from lvmppl.exact.evaluation import ImproperPosterior, NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.hidden import modes_of_terms, sums_of
 from lvmppl.exact.layout import Layout, layout_of
@@ -143,22 +143,7 @@ def _solve(
         steps = path_steps(layout)
         if steps is not None:
             try:
-                path = state_space_posterior(
-                    _flat_path(log_joint, layout.dim),
-                    rows,
-                    steps,
-                    layout.dim // steps,
-                    dtype=dtype,
-                    device=log_joint.device,
-                )
-                return (
-                    Path(path),
-                    (
-                        f"Gaussian path over {steps} steps: log p(x, z) is quadratic in {names}{given}, "
-                        "each step tied to its neighbours"
-                    ),
-                    _unproven(log_joint),
-                )
+                return _as_path(log_joint, rows, steps, dtype)
             except NotQuadratic as error:
                 no_path = f", and log p(x, z) is no path ({error.got})"
         if layout.dim <= MAX_DENSE:
@@ -176,6 +161,12 @@ def _solve(
                 )
             except NotQuadratic as error:
                 why = f"log p(x, z) is not quadratic in {names} ({error.got})"
+            few = path_steps(layout, 2)
+            if steps is None and few is not None and not _not_gaussian(log_joint):
+                try:  # a stiff one, whose far points are rounded too much
+                    return _as_path(log_joint, rows, few, dtype)
+                except (NotQuadratic, ImproperPosterior):
+                    pass
         else:
             why = f"{layout.dim} dimensions a row are more than the dense Gaussian engine takes ({MAX_DENSE}){no_path}"
     if layout.dim > QUADRATURE_DIMS:
@@ -234,16 +225,37 @@ class _Selected:
         return table[:, self.configuration, self.position]
 
 
-def path_steps(layout: Layout) -> int | None:
+def _as_path(
+    log_joint: LogJointOfModel, rows: tuple[int, ...], steps: int, dtype: torch.dtype
+) -> tuple[Kernel, str, str]:
+    """`_solve` by the state-space engine; raises what that raises."""
+    layout = log_joint.layout
+    names, given = abridged([b.name for b in layout.blocks]), abridged(layout.discrete)
+    path = state_space_posterior(
+        _flat_path(log_joint, layout.dim),
+        rows,
+        steps,
+        layout.dim // steps,
+        dtype=dtype,
+        device=log_joint.device,
+    )
+    quadratic = f"log p(x, z) is quadratic in {names}{f' given {given}' if given else ''}"
+    text = f"Gaussian path over {steps} steps: {quadratic}, each step tied to its neighbours"
+    if bool((path.log_evidence_error > 0).any()):
+        text += "; it is stiff, and what rounding of its precision leaves open is log_evidence_error"
+    return Path(path), text, _unproven(log_joint)
+
+
+def path_steps(layout: Layout, least: int = SHORT_PATH) -> int | None:
     """T, if the continuous sites look like a sequence: many sites of one size, or one site with a long first axis."""
     blocks = layout.blocks
-    if len(blocks) >= SHORT_PATH and len({b.size for b in blocks}) == 1:
+    if len(blocks) >= least and len({b.size for b in blocks}) == 1:
         return len(blocks)
     if (
         len(blocks) == 1
         and blocks[0].event_shape
         and not blocks[0].inner
-        and blocks[0].event_shape[0] >= SHORT_PATH
+        and blocks[0].event_shape[0] >= least
     ):
         return blocks[0].event_shape[0]
     return None
