@@ -401,3 +401,71 @@ def test_entry_that_bends_beside_one_of_a_huge_gradient_has_no_closed_form(coupl
     head = "full" if coupled else "normal"
     fit = lvmppl.fit(model, {"x": y}, "vem", guide=functools.partial(variational, head=head), max_steps=1)
     assert fit.e_step[0].how == "gradient" and "not linear" in fit.e_step[0].why
+
+
+HEAVY = tensor(0.3, -1.2, 2.0, 0.7, 8.0, 1.1, -0.4, 2.2)
+
+
+def heavy_tails(x: Tensor) -> None:
+    """A mixing weight and a state a row, conjugate; a location of Student's t, which is not."""
+    weights = pyro.sample("weights", dist.Dirichlet(tensor(1.0, 2.5)))
+    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+    tilt = pyro.sample("tilt", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
+        pyro.sample("y", dist.Normal(2.0 * z - 1.0, 0.8), obs=x)
+        pyro.sample("x", dist.StudentT(3.0, loc, 1.0), obs=x)
+        pyro.sample("w", dist.StudentT(3.0, loc + tilt, 1.0), obs=x)
+
+
+def test_conjugate_sites_keep_their_closed_form_beside_a_drawn_one() -> None:
+    """`weights` and `z` meet neither `loc` nor `tilt`: at the end they are the textbook's maxima given one another."""
+    guide = heads(weights="dirichlet", loc="normal", tilt="normal")
+    fit = lvmppl.fit(heavy_tails, {"x": HEAVY}, "vem", guide=guide, max_steps=12, e_steps=25)
+    assert {s.site: s.how for s in fit.e_step} == {
+        "weights": "closed-form",
+        "z": "closed-form",
+        "loc": "gradient",
+        "tilt": "gradient",
+    }
+    probs, concentration = fit.guide_parameters["z_probs"], fit.guide_parameters["weights_concentration"]
+    log_weights = torch.digamma(concentration) - torch.digamma(concentration.sum())
+    scores = log_weights + dist.Normal(tensor(-1.0, 1.0), 0.8).log_prob(HEAVY.unsqueeze(-1))
+    torch.testing.assert_close(probs, scores.softmax(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(concentration, tensor(1.0, 2.5) + probs.sum(0), rtol=1e-6, atol=0)
+    assert abs(float(fit.guide_parameters["loc_loc"])) > 0.01  # the drawn site moves, from 0
+
+
+def test_site_that_shares_a_factor_with_a_drawn_one_is_drawn_too() -> None:
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
+        rate = pyro.sample("rate", dist.Gamma(tensor(2.0)[0], tensor(1.0)[0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(tensor(0.3, 0.7)), infer=ENUMERATE)
+            pyro.sample("x", dist.StudentT(3.0, loc + z, 1.0), obs=x)
+            pyro.sample("count", dist.Poisson(rate * (1 + loc.abs())), obs=COUNTS[:8])
+
+    guide = heads(loc="normal", rate="gamma")
+    fit = lvmppl.fit(model, {"x": HEAVY}, "vem", guide=guide, max_steps=1)
+    why = {s.site: s.why for s in fit.e_step}
+    assert {s.how for s in fit.e_step} == {"gradient"} and "not linear" in why["loc"]
+    assert why["rate"] == why["z"] == "shares a factor with 'loc', which is drawn"
+
+
+def test_closed_forms_are_given_up_where_q_of_a_drawn_site_depends_on_a_draw() -> None:
+    """q(tilt | loc's draw) would add log q to what is expected under other sites."""
+
+    def guide(x: Tensor) -> None:
+        alpha = pyro.param("alpha", tensor(1.0, 1.0), constraint=constraints.positive)
+        pyro.sample("weights", dist.Dirichlet(alpha))
+        loc = pyro.sample("loc", dist.Normal(pyro.param("m", tensor(0.0)[0]), 0.5))
+        pyro.sample("tilt", dist.Normal(pyro.param("s", tensor(0.5)[0]) * loc, 0.5))
+        with pyro.plate("data", len(x)):
+            table = pyro.param("t", torch.full((len(x), 2), 0.5), constraint=constraints.simplex, event_dim=1)
+            pyro.sample("z", dist.Categorical(table), infer=ENUMERATE)
+
+    fit = lvmppl.fit(heavy_tails, {"x": HEAVY}, "vem", guide=guide, max_steps=1)
+    assert {s.how for s in fit.e_step} == {"gradient"}
+    assert {s.why for s in fit.e_step if s.site in ("weights", "z")} == {
+        "q of 'tilt' depends on what is drawn"
+    }

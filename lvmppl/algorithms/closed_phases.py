@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from lvmppl.algorithms.coordinate import plan_e_step
 from lvmppl.algorithms.guide_fields import CONTINUOUS, Block
 from lvmppl.algorithms.guided_step import guided_e_step
+from lvmppl.algorithms.integrated import IntegratedJoint
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.problem import Problem
@@ -34,9 +36,12 @@ class ClosedPhases:
     sweeps: int
     kept: list[Sweep] = field(default_factory=list, compare=False, repr=False)  # the last, to go on from
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
         """The problem, its guide's continuous sites integrated where none need be drawn."""
+        joint = self.e.problem.guided
+        if isinstance(joint, IntegratedJoint) and joint.drawn:
+            return replace(self.e.problem, guided=joint.base)
         return self.e.problem
 
     def e_phase(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

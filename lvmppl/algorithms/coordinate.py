@@ -24,7 +24,7 @@ from lvmppl.algorithms.integrated import MAX_POINTS, Design, IntegratedJoint
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.refinement import RefinedJoint
 from lvmppl.algorithms.sweep import CoordinatePlan, Sweep
-from lvmppl.density import Coordinates
+from lvmppl.density import Coordinates, Factor, chain_axes, isolated
 from lvmppl.elbo import MOVES
 from lvmppl.fitted import EStep
 
@@ -46,16 +46,12 @@ def plan_e_step(problem: Problem, refusal: str = "") -> CoordinatePlan:
         reasons[site] = why
     own = {s: b for s, b in blocks.items() if s not in reasons}
     continuous = [s for s, k in _kinds(problem).items() if k == "latent"]
-    design = None
     if continuous:
-        design, found = _design(problem, own, reasons, continuous)
+        joint, found = _design(problem, own, reasons, continuous)
         reasons.update(found)
-        drawn = [s for s in continuous if s in reasons]
-        if drawn:
-            reasons.update({s: f"'{drawn[0]}' is drawn" for s in own if s not in reasons})
+        if joint is not None:
+            problem = replace(problem, guided=joint)
     steps = tuple(_describe(s, own, reasons, fixed) for s in sites)
-    if design is not None and not any(s in reasons for s in continuous):
-        problem = replace(problem, guided=IntegratedJoint(problem.guided, design))
     chosen = [own[s] for s in sites if s in own and s not in reasons and s not in fixed]
     return CoordinatePlan(problem, tuple(sorted(chosen, key=lambda b: b.kind != CONTINUOUS)), steps)
 
@@ -91,23 +87,101 @@ def _conflicts(problem: Problem, blocks: Mapping[str, Block]) -> dict[str, str]:
 
 
 def _design(
-    problem: Problem, own: Mapping[str, Block], reasons: Mapping[str, str], continuous: Sequence[str]
-) -> tuple[Design | None, dict[str, str]]:
-    """How the continuous sites are integrated, and the reasons of those that cannot be."""
-    if any(s in reasons for s in continuous):
-        return None, {}
+    problem: Problem, own: Mapping[str, Block], known: Mapping[str, str], continuous: Sequence[str]
+) -> tuple[IntegratedJoint | None, dict[str, str]]:
+    """How the continuous sites are integrated, and the reasons of the sites (enumerated ones too) without a closed form.
+
+    A site whose statistics log p is not linear in is drawn, and so is every continuous site that shares a factor of the
+    model with a drawn one: its expectation would be that over a draw. The others keep theirs.
+    """
     assert problem.guided is not None
-    named = set(_kinds(problem))
-    summed = [s for s in problem.model.structure.enumerated if s not in named]
+    reasons: dict[str, str] = {}
+    summed = [s for s in problem.model.structure.enumerated if s not in set(_kinds(problem))]
     if summed:
         why = f"'{summed[0]}' is summed under the model: log p is not linear in any statistics"
-        return None, dict.fromkeys(continuous, why)
+        return None, _all_drawn(own, known, {s: why for s in continuous if s not in known}, continuous)
     try:
-        trial = _Trial(problem, continuous)
+        while True:
+            drawn = [s for s in continuous if s in known or s in reasons]
+            held = _held(problem, own, drawn)
+            if isinstance(held, str):
+                return None, _all_drawn(own, known, reasons, continuous, held)
+            trial = _Trial(problem, [s for s in continuous if s not in drawn], held)
+            new = {**_beside(problem, held, trial.design), **trial.reasons}
+            new = {s: why for s, why in new.items() if s not in known and s not in reasons}
+            reasons.update(new)
+            if not any(s in new for s in continuous):
+                break
     except Exception as error:  # a model may refuse values of q that it was never meant to see
         text = f"the model does not run at points of q ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        return None, dict.fromkeys(continuous, text)
-    return trial.design, trial.reasons
+        return None, _all_drawn(own, known, {**dict.fromkeys(continuous, text), **reasons}, continuous)
+    if not any(s in own and s not in known and s not in reasons for s in _kinds(problem)):
+        return None, reasons
+    return IntegratedJoint(problem.guided, trial.design, held), reasons
+
+
+def _all_drawn(
+    own: Mapping[str, Block],
+    known: Mapping[str, str],
+    reasons: Mapping[str, str],
+    continuous: Sequence[str],
+    why: str = "",
+) -> dict[str, str]:
+    """The reasons where every continuous site is drawn and so no site has a closed form."""
+    first = next(s for s in continuous if s in known or s in reasons)
+    rest = why or f"'{first}' is drawn"
+    return {**{s: rest for s in own if s not in known}, **reasons}
+
+
+def _held(problem: Problem, own: Mapping[str, Block], drawn: Sequence[str]) -> dict[str, Tensor] | str:
+    """A draw of q for each drawn site, or why no site has a closed form beside them: q of one that depends on draws."""
+    assert problem.guided is not None
+    data, rows = problem.rows()
+    with isolated(seed=20_023, dtype=torch.get_default_dtype()), torch.no_grad():
+        first, second = (problem.guided.view_guide(data, problem.initial, rows)[0] for _ in range(2))
+        held = {s: first[s].fn.sample() for s in drawn}
+        for site in [s for s in first if s not in own or s in drawn]:
+            if site in held:
+                same = torch.equal(*(v[site].fn.log_prob(held[site]) for v in (first, second)))
+            else:
+                pairs = zip(first[site].factors(), second[site].factors(), strict=True)
+                same = all(torch.equal(a.log_prob, b.log_prob) for a, b in pairs)
+            if not same:
+                return f"q of '{site}' depends on what is drawn"
+    return held
+
+
+def _beside(problem: Problem, held: Mapping[str, Tensor], design: Design) -> dict[str, str]:
+    """The sites that share a factor of the model with a drawn one, and which."""
+    assert problem.guided is not None
+    if not held:
+        return {}
+    views, _ = problem.guided.view_guide(problem.data, problem.initial)
+    points = {n: m.points[0] for n, m in design.members(views).items()}
+    leaves = {n: v.detach().requires_grad_() for n, v in {**points, **held}.items()}
+    found: dict[str, str] = {}
+    with torch.enable_grad():
+        evaluation = problem.guided.held(leaves).evaluate(problem.data, problem.initial)
+        for factor in evaluation.factors:
+            here = _held_by(factor, leaves)
+            drawn = [s for s in here if s in held]
+            axes = {
+                n: {n, *chain_axes(n, v.steps)[1:]} if v.steps else {n}
+                for n, v in evaluation.variables.items()
+            }
+            states = [n for n, own in axes.items() if own & set(factor.dims)]
+            for site in (*here, *states) if drawn else ():
+                found.setdefault(site, f"shares a factor with '{drawn[0]}', which is drawn")
+    return found
+
+
+def _held_by(factor: Factor, leaves: Mapping[str, Tensor]) -> set[str]:
+    """The continuous sites that a log-factor depends on."""
+    if not factor.log_prob.requires_grad:
+        return set()
+    finite = torch.where(torch.isfinite(factor.log_prob), factor.log_prob, 0.0).sum()
+    grads = torch.autograd.grad(finite, list(leaves.values()), allow_unused=True, retain_graph=True)
+    return {s for s, g in zip(leaves, grads, strict=True) if g is not None}
 
 
 class _Trial:
@@ -116,12 +190,12 @@ class _Trial:
     At the start alone a term may be absent by accident, as where loadings start orthogonal or a weight starts at 0.
     """
 
-    def __init__(self, problem: Problem, sites: Sequence[str]) -> None:
-        self.problem, self.reasons = problem, dict[str, str]()
-        assert problem.guided is not None
+    def __init__(self, problem: Problem, sites: Sequence[str], held: Mapping[str, Tensor]) -> None:
+        self.problem, self.held, self.reasons = problem, held, dict[str, str]()
         self.starts = (problem.initial, _moved(problem))
-        joint = IntegratedJoint(problem.guided, Design(dict.fromkeys(sites, frozenset())))
-        self.design = Design(*_meetings(problem, joint, sites))
+        self.design = Design(
+            *_meetings(problem, self._joint(Design(dict.fromkeys(sites, frozenset()))), sites)
+        )
         coupled: set[str] = set()
         for site in sites:
             if self._is_linear(site):
@@ -137,6 +211,10 @@ class _Trial:
             if site not in self.reasons and not self._is_linear(site):
                 self.reasons[site] = "log p is not linear in its statistics"
 
+    def _joint(self, design: Design) -> IntegratedJoint:
+        assert self.problem.guided is not None
+        return IntegratedJoint(self.problem.guided, design, self.held)
+
     def _members(self, design: Design) -> dict[str, Member]:
         assert self.problem.guided is not None
         views, _ = self.problem.guided.view_guide(self.problem.data, self.problem.initial)
@@ -150,9 +228,7 @@ class _Trial:
         return all(self._is_linear_at(values, site, design or self.design) for values in self.starts)
 
     def _is_linear_at(self, values: Mapping[str, Tensor], site: str, design: Design) -> bool:
-        assert self.problem.guided is not None
-        integrated = IntegratedJoint(self.problem.guided, design)
-        sweep = Sweep(CoordinatePlan(replace(self.problem, guided=integrated)), values)
+        sweep = Sweep(CoordinatePlan(replace(self.problem, guided=self._joint(design))), values)
         members = sweep.members
         others = design.points(members, leave=site)
         count = len(next(iter(others.values()))) if others else 1
@@ -208,14 +284,9 @@ def _meetings(
     holders: dict[str, set[str]] = {s: set() for s in sites}
     leaves = {n: m.points[0].detach().requires_grad_() for n, m in members.items()}
     with torch.enable_grad():
-        for factor in joint.held(leaves).evaluate(problem.data, problem.initial).factors:
-            if not factor.log_prob.requires_grad:
-                continue
-            finite = torch.where(torch.isfinite(factor.log_prob), factor.log_prob, 0.0)
-            grads = torch.autograd.grad(
-                finite.sum(), list(leaves.values()), allow_unused=True, retain_graph=True
-            )
-            here = {s for s, g in zip(leaves, grads, strict=True) if g is not None}
+        held = {**joint.drawn, **leaves}
+        for factor in joint.held(held).evaluate(problem.data, problem.initial).factors:
+            here = _held_by(factor, leaves)
             for site in here:
                 meets[site] |= here - {site}
                 holders[site].add(factor.site.removesuffix(MOVES))

@@ -262,7 +262,7 @@ def ascend(closed: ClosedPhases, options: VEMOptions, restart: int = 0) -> tuple
         trajectory.objective = trajectory.tail_mean()
     trajectory.estimators = state.bound.report
     trajectory.values = state.watch.completed(trajectory.values or dict(state.start))
-    if not diverged and state.closed.e.blocks and not state.noisy:
+    if not diverged and state.closed.e.blocks:
         trajectory.values = {**trajectory.values, **state.closed.e_phase(trajectory.values)}
     return trajectory, state.closed
 
