@@ -185,10 +185,14 @@ class EnumerationOptions(ExactOptions):
 
 
 class EMOptions(ExactOptions):
-    """Expectation maximisation. m_steps: updates of an M-step by gradient; a closed form counts as one."""
+    """Expectation maximisation. m_steps: updates of an M-step by gradient; a closed form counts as one.
+
+    acceleration: `squarem` extrapolates every second update, where that does not lower the objective.
+    """
 
     algorithm: Literal["em"] = "em"
     m_steps: Count = 20
+    acceleration: Literal["none", "squarem"] = "none"
 
 
 class VEMOptions(VariationalOptions):

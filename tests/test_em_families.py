@@ -114,6 +114,7 @@ def test_location_of_sites_with_known_scales_equals_the_mean_weighed_by_precisio
 
     x, y = normal(13, seed=1), normal(13, seed=2) + 3
     fit = lvmppl.fit(model, {"x": x, "y": y}, algorithm="em", max_steps=1, tolerance=0)
+    assert {s.how for s in fit.m_step} == {"closed-form"}
     expected = (x.sum() / 0.25 + y.sum() / 4) / (13 / 0.25 + 13 / 4)
     assert float(fit.parameters["loc"]) == pytest.approx(float(expected), rel=1e-12)
 

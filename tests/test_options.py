@@ -55,6 +55,7 @@ def test_every_option_of_an_iterative_algorithm_is_kept_as_given() -> None:
         "restarts": 4,
         "standard_errors": True,
         "m_steps": 3,
+        "acceleration": "squarem",
         "compile": "never",
     }
     options = parse_options("em", given, "fit")

@@ -26,6 +26,7 @@ from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.remarks import remarks
 from lvmppl.algorithms.rounding import RELATIVE, rounding
+from lvmppl.algorithms.squarem import Expected, Squarem
 from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
@@ -49,7 +50,7 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
     require_exact(problem, "em")
     with unvalidated():
         run = _Run(problem, options, plan_m_step(problem))
-        done = run.together() if options.restarts > 1 else None
+        done = run.together() if options.restarts > 1 and options.acceleration == "none" else None
         if done is None:
             done = run_restarts(problem, options.restarts, options.max_steps, run.restart)
         best = _best_of(done)
@@ -69,7 +70,7 @@ class _Run:
         error = exact_posterior(problem, problem.initial).log_evidence_error if problem.integrates else 0.0
         self.slack = 2 * error if math.isfinite(error) else 0.0
 
-    def _e_step(self, values: Mapping[str, Tensor]) -> tuple[float, Weights, Mapping[str, Statistics]]:
+    def _e_step(self, values: Mapping[str, Tensor]) -> Expected:
         """From tables where the whole model is in them, else by running the model."""
         if self.tables is not None:
             with contextlib.suppress(Imprecise):
@@ -98,11 +99,15 @@ class _Run:
     def _restart(self, number: int) -> Trajectory:
         trajectory = Trajectory(number, self.problem.objective_kind)
         values = start_values(self.problem, self.options.init, number, self.options.restarts, self.plan)
-        values = self._above_floors(trajectory, values)
+        values, raised = self._above_floors(values)
+        _note_floor(trajectory, raised)
         stopping = Stopping(self.options.tolerance)
+        squarem = Squarem(self.problem, lambda farther: self._above_floors(farther)[0])
+        expected: Expected | None = None
         for step in range(self.options.max_steps + 1):
             self._check_tables(step, values)
-            objective, weights, statistics = self._e_step(values)
+            objective, weights, statistics = expected or self._e_step(values)
+            expected = None
             while self._falls(trajectory, objective, values) and not self._still_holds(trajectory.values):
                 objective, weights, statistics = self._e_step(trajectory.values)
                 values = self._m_step(trajectory, trajectory.values, weights, statistics)
@@ -124,15 +129,16 @@ class _Run:
             if step < self.options.max_steps:
                 if self.plan.needs_weights and not weights:  # the plan has just changed
                     objective, weights, statistics = self._e_step(values)
-                values = self._m_step(trajectory, values, weights, statistics)
+                before, values = values, self._m_step(trajectory, values, weights, statistics)
+                if self.options.acceleration == "squarem":
+                    values, expected = squarem.step(before, values, objective, self._e_step)
         return trajectory
 
-    def _above_floors(self, trajectory: Trajectory, values: Values) -> dict[str, Tensor]:
-        """The start within the set over which M-steps maximise: a spread below its floor is raised to it."""
+    def _above_floors(self, values: Values) -> tuple[dict[str, Tensor], frozenset[str]]:
+        """θ within the set over which M-steps maximise, and the spreads that were raised to their floor for it."""
         plan, led = self.plan, {n: v.unsqueeze(0) for n, v in values.items()}
         solution = start_above_floors(plan.sites, self.problem.model.specs, plan.closed, led)
-        _note_floor(trajectory, solution.floored())
-        return _picked(solution.values, 0)
+        return _picked(solution.values, 0), solution.floored()
 
     def _m_step(
         self,
