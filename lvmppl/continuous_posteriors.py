@@ -193,11 +193,7 @@ class ContinuousPosterior:
 
     def mode(self) -> Mode:
         """The highest point of p(z, c | x) over configurations (of ties the first) and values z; its log density."""
-        if isinstance(self.kernel, QuadraturePosterior):
-            point, value = self.kernel.mode()
-            height = value - self.kernel.log_evidence.detach()
-        else:
-            point, height = self.kernel.mean, self.kernel.log_prob(self.kernel.mean)
+        point, height = self._peaks()
         weights = self._weights
         height = torch.where(weights > 0, height + weights.log(), -torch.inf)
         count = math.prod(self.layout.discrete_sizes)
@@ -211,6 +207,13 @@ class ContinuousPosterior:
         return Mode(
             {k: v.squeeze(0) for k, v in values.items()}, top if self.layout.local else top.reshape(())
         )
+
+    def _peaks(self) -> tuple[Tensor, Tensor]:
+        """The highest point of p(z | c, x) in every configuration [*C, N, d], and its log density [*C, N]."""
+        if isinstance(self.kernel, QuadraturePosterior):
+            point, value = self.kernel.mode()
+            return point, value - self.kernel.log_evidence.detach()
+        return self.kernel.mean, self.kernel.log_prob(self.kernel.mean)
 
     def sample(self, num_samples: int, seed: int = 0) -> dict[str, Tensor]:
         """Joint samples by site, [S, N, *inner plates, *event]; exact for the Gaussian engine.

@@ -18,7 +18,6 @@ from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.errors import InputError
 from lvmppl.exact.evidences import by_sharing, of_rows, of_shared, scaled
 from lvmppl.exact.named import log_sum_exp
-from lvmppl.exact.quadrature import QuadraturePosterior
 from lvmppl.posteriors import Mode
 
 
@@ -106,11 +105,7 @@ class SharedPosterior(ContinuousPosterior):
 
     def mode(self) -> Mode:
         """The highest point of p(g, c, z | x), and its log density (a scalar)."""
-        if isinstance(self.kernel, QuadraturePosterior):
-            point, value = self.kernel.mode()
-            height = value - self.kernel.log_evidence.detach()
-        else:
-            point, height = self.kernel.mean, self.kernel.log_prob(self.kernel.mean)
+        point, height = self._peaks()
         given = self._given
         tops = torch.where(given > 0, by_sharing(height, self.layout) + given.log(), -torch.inf)
         best, own = tops.max(1)  # [G, N]
