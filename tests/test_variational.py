@@ -364,7 +364,7 @@ def two_means(x: Tensor) -> None:
 
 @pytest.mark.parametrize("batch_size", [None, 20])
 def test_restarts_of_svi_keep_the_best_and_start_apart(batch_size: int | None) -> None:
-    x = torch.cat([MANY - 3.0, MANY + 1.0])
+    x = torch.cat([MANY - 4.0, MANY, MANY + 4.0])  # two means share three clusters in more than one way
     options: dict[str, Any] = {"max_steps": 150, "learning_rate": 0.1, "batch_size": batch_size}
     one = lvmppl.fit(two_means, {"x": x}, algorithm="svi", guide=table_guide, **options)
     fit = lvmppl.fit(two_means, {"x": x}, algorithm="svi", guide=table_guide, restarts=3, **options)
@@ -372,7 +372,7 @@ def test_restarts_of_svi_keep_the_best_and_start_apart(batch_size: int | None) -
     assert sorted(history["restart"].unique()) == [0, 1, 2]
     first = history[history["restart"] == 0]["objective"].reset_index(drop=True)
     pd.testing.assert_series_equal(first, one.history["objective"], check_names=False, rtol=1e-12)
-    tail = history[history["step"] >= 115].groupby("restart")["objective"].mean()
+    tail = history[history["step"] >= 113].groupby("restart")["objective"].mean()
     assert fit.restart == tail.idxmax() != 0
     starts = history[history["step"] == 0]["objective"]
     assert starts.nunique() == 3
