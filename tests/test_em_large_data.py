@@ -94,7 +94,7 @@ def test_kmeans_start_on_some_rows_equals_the_start_on_all(
     rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Clusters far apart have the same means whichever rows they are found on."""
-    from lvmppl.algorithms import start
+    from lvmppl.algorithms import clusters
     from lvmppl.algorithms.m_step import plan_m_step
 
     x = torch.as_tensor(rows[:3000] + 50.0 * (np.arange(3000) % 3 == 0)[:, None])
@@ -102,7 +102,7 @@ def test_kmeans_start_on_some_rows_equals_the_start_on_all(
         problem = build_problem("test", two_normals, {"x": x})
         plan = plan_m_step(problem)
         every = start_values(problem, "kmeans", 0, 1, plan)
-        monkeypatch.setattr(start, "_KMEANS_ROWS", 400)
+        monkeypatch.setattr(clusters, "_FEW", 400)
         some = start_values(problem, "kmeans", 0, 1, plan)
     order = every["weights"].argsort(), some["weights"].argsort()
     for name in ("weights", "loc", "variance"):

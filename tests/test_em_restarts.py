@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -90,14 +91,20 @@ def test_restarts_stop_each_at_its_own_step(irises: Any, monkeypatch: pytest.Mon
     assert together.status == "converged"
 
 
-def test_first_means_are_drawn_in_proportion_to_squared_distance() -> None:
-    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]], dtype=torch.float64)
+def test_first_means_are_the_best_of_two_drawn_in_proportion_to_squared_distance() -> None:
+    """The first is any row; of two candidates j ~ ‖x_j − x_i‖² the one that leaves less is taken (K = 2: 2 + ⌊log 2⌋)."""
+    rows = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [2.5, 2.5]], dtype=torch.float64)
     squared = torch.cdist(rows, rows).square()
-    expected = (squared / squared.sum(1, keepdim=True)).flatten() / 3  # the first of the two is any row
+    expected = torch.zeros(4, 4, dtype=torch.float64)
+    for i in range(4):
+        chance = squared[i] / squared[i].sum()
+        left = torch.minimum(squared[i], squared).sum(1)  # by the candidate
+        for j, k in itertools.product(range(4), repeat=2):
+            expected[i, j if left[j] <= left[k] else k] += chance[j] * chance[k] / 4
     generator, count = torch.Generator().manual_seed(0), 5000
     drawn = torch.stack([_spread(rows, 2, generator) for _ in range(count)])
     pair = (drawn.unsqueeze(-2) == rows).all(-1).long().argmax(-1)  # which rows they are
-    seen = torch.bincount(pair[:, 0] * 3 + pair[:, 1], minlength=9)
+    seen, expected = torch.bincount(pair[:, 0] * 4 + pair[:, 1], minlength=16), expected.flatten()
     possible = expected > 0
     assert not seen[~possible].any()
     assert chisquare(seen[possible].numpy(), count * expected[possible].numpy()).pvalue > 1e-3

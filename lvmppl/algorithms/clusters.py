@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -117,15 +118,19 @@ def _cloud(problem: Problem, variable: Variable) -> Cloud | None:
 
 
 def _spread(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Rows drawn one after another, each with a chance in proportion to its squared distance from those before."""
-    n = len(rows)
-    uniform = torch.rand(size, generator=generator, dtype=torch.float64)
-    picked = [int(uniform[0] * n)]
-    distance = rows.new_full((n,), torch.inf)
+    """Rows drawn one after another, each the best of a few that have a chance in proportion to their squared distance from
+    those before: the one that leaves the rows nearest to some mean (greedy k-means++, as in scikit-learn)."""
+    n, trials = len(rows), 2 + int(math.log(size))
+    uniform = torch.rand(size, trials, generator=generator, dtype=torch.float64)
+    picked = [int(uniform[0, 0] * n)]
+    distance = (rows - rows[picked[0]]).square_().sum(-1)
     for u in uniform[1:]:
-        distance = torch.minimum(distance, (rows - rows[picked[-1]]).square_().sum(-1))
         mass = distance.cumsum(0)
-        picked.append(min(int(torch.searchsorted(mass, u * mass[-1], right=True)), n - 1))
+        candidates = torch.searchsorted(mass, u * mass[-1], right=True).clamp_max(n - 1)
+        left = torch.minimum(distance, torch.cdist(rows[candidates], rows).square_())
+        best = int(left.sum(1).argmin())
+        picked.append(int(candidates[best]))
+        distance = left[best]
     return rows[picked]
 
 

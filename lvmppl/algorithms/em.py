@@ -199,9 +199,9 @@ class _Run:
         return tuple(found) or updated
 
     def _check_tables(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """That the model still computes what the tables hold: at every step that is a power of 2 (a run of the model
+        """That the model still computes what the tables hold: at every step that is a power of 4 (a run of the model
         costs more than a small step), and wherever a fit ends."""
-        if self.tables is None or step & (step - 1):
+        if self.tables is None or step & (step - 1) or (step and not step.bit_length() % 2):
             return
         if not are_looked_up(self.problem, self.tables.sites, values):
             raise _NotTheModel
