@@ -191,3 +191,35 @@ def test_impossible_start_is_said_to_be_one() -> None:
 
     fit = lvmppl.fit(model, {"x": torch.tensor([0, 1, 0])}, algorithm="em")
     assert (fit.status, fit.message) == ("diverged", "log evidence is -inf at the start")
+
+
+@pytest.mark.parametrize("filler", [0.0, -999.0, 1e9])
+def test_em_step_with_missing_values_equals_the_update_of_those_seen(filler: float) -> None:
+    rng = np.random.default_rng(6)
+    x = rng.normal(0.0, 1.0, (53, 3)) + 4.0 * rng.integers(0, 2, (53, 1))
+    seen = rng.random((53, 3)) < 0.7
+    weights, loc = np.array([0.3, 0.7]), np.array([[0.0, 0.5, 1.0], [3.0, 3.5, 2.0]])
+    variance = np.array([[1.0, 2.0, 1.5], [0.5, 1.0, 2.5]])
+
+    def model(x: Tensor, seen: Tensor) -> None:
+        w = pyro.param("weights", torch.as_tensor(weights), constraint=constraints.simplex)
+        m = pyro.param("loc", torch.as_tensor(loc))
+        v = pyro.param("variance", torch.as_tensor(variance), constraint=constraints.positive)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(w), infer=ENUMERATE)
+            pyro.sample("x", dist.Normal(m[z], v[z].sqrt()).mask(seen).to_event(1), obs=x)
+
+    data = {"x": torch.as_tensor(np.where(seen, x, filler)), "seen": torch.as_tensor(seen)}
+    fit = lvmppl.fit(model, data, algorithm="em", max_steps=1)
+    each = stats.norm(loc[:, None], np.sqrt(variance)[:, None]).logpdf(x) * seen  # [K, N, D]
+    joint = np.log(weights)[:, None] + each.sum(-1)
+    evidence = np.logaddexp(*joint)
+    r = np.exp(joint - evidence)[..., None] * seen
+    new_loc = (r * x).sum(1) / r.sum(1)
+    new_variance = (r * (x - new_loc[:, None]) ** 2).sum(1) / r.sum(1)
+    assert {s.how for s in fit.m_step} == {"closed-form"}
+    assert fit.history["objective"].iloc[0] == pytest.approx(evidence.sum(), rel=1e-12)
+    np.testing.assert_allclose(fit.parameters["weights"], np.exp(joint - evidence).mean(1), rtol=1e-12)
+    np.testing.assert_allclose(fit.parameters["loc"], new_loc, rtol=1e-11)
+    np.testing.assert_allclose(fit.parameters["variance"], new_variance, rtol=1e-11)
+    assert not fit.message  # what is hidden sets neither a floor nor the scale that a component is narrow by

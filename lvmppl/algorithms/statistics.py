@@ -232,15 +232,42 @@ def of_restarts(statistics: Statistics, index: Tensor) -> Statistics:
 
 
 def reference_of(reading: Reading) -> tuple[Named, Named]:
-    """(mean, variance) of the data of a normal or mvn site, over all but the event axes along which its fields vary."""
+    """(mean, variance) of the data of a normal or mvn site, over all but the event axes along which its fields vary.
+
+    Of those that count: what a mask hides may be any number (a code for missing ones) and must not set their scale.
+    """
     (x,) = reading.statistics()
     varying = keep_dims(reading)
     dims = tuple(d for d in x.dims if (d in varying and _is_event(d)) or d == ROW)
     axes = [i for i, d in enumerate(x.dims) if d not in dims]
-    mean = x.tensor.mean(axes) if axes else x.tensor
-    variance = x.tensor.var(axes, correction=0) if axes else torch.zeros_like(x.tensor)
+    mean, variance = (
+        _moments(x.tensor, axes, entries_that_count(reading, x))
+        if axes
+        else (x.tensor, torch.zeros_like(x.tensor))
+    )
     kept = tuple(d for d in x.dims if d in dims)
     return Named(mean, kept), Named(variance, kept)
+
+
+def entries_that_count(reading: Reading, x: Named) -> Tensor | None:
+    """Which entries of x count, in some state or repetition at least: of the rank of x."""
+    mask = reading.mask()
+    if mask is None:
+        return None
+    others = [i for i, d in enumerate(mask.dims) if d not in x.dims]
+    kept = tuple(d for d in mask.dims if d in x.dims)
+    return align(Named(mask.tensor.amax(others) if others else mask.tensor, kept), x.dims) > 0
+
+
+def _moments(x: Tensor, axes: list[int], counting: Tensor | None) -> tuple[Tensor, Tensor]:
+    if counting is None:
+        return x.mean(axes), x.var(axes, correction=0)
+    counting = counting.expand(x.shape)
+    number = counting.sum(axes, keepdim=True).clamp_min(1)
+    mean = torch.where(counting, x, 0.0).sum(axes, keepdim=True) / number
+    squares = torch.where(counting, x - mean, 0.0).square().sum(axes, keepdim=True)
+    kept = [size for i, size in enumerate(x.shape) if i not in axes]
+    return mean.reshape(kept), (squares / number).reshape(kept)
 
 
 def sizes_of(parts: Mapping[str, Named]) -> dict[str, int]:

@@ -13,11 +13,12 @@ from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import is_chunkable
 from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.statistics import entries_that_count
 from lvmppl.algorithms.table_factors import events_of
 from lvmppl.algorithms.table_rows import rows_of_a_piece, some_rows
 from lvmppl.algorithms.tabulated import Tabulated
 from lvmppl.density import Variable
-from lvmppl.exact.named import align, union
+from lvmppl.exact.named import Named, align, union
 from lvmppl.exponential import CATEGORY, ROW, Reading, read_factor, read_factors
 
 
@@ -37,6 +38,9 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
             return None
         if isinstance(view.scale, Tensor) or view.scale != 1.0 or not _is_of_the_data(reading):
             return None
+        mask = reading.mask()
+        if mask is not None and not set(mask.dims).isdisjoint(events_of(reading)):
+            return None  # a value that counts in part: its statistics have no row that is masked as a whole
         readings[site.name] = _with_common_masks(reading, evaluation.variables)
     total = problem.num_rows
     chunkable = is_chunkable(problem)
@@ -116,6 +120,9 @@ def _farthest(
             inner = tuple(d for d in events if d in x.dims)
             batch = tuple(d for d in x.dims if d not in inner)
             far = align(x, (*batch, *inner)) - align(site.reference, (*batch, *inner))
+            counting = entries_that_count(part, x)
+            if counting is not None:
+                far = torch.where(align(Named(counting, x.dims), (*batch, *inner)), far, 0.0)
             top = far.square().reshape(-1, prod(far.shape[len(batch) :])).amax(0)
             result[site.name] = torch.maximum(result[site.name], top) if site.name in result else top
     return result
