@@ -288,3 +288,32 @@ def test_regression_under_a_prior_with_its_noise_fitted_equals_the_maximum_by_se
     best = optimize.minimize(negative, np.zeros(4), tol=1e-12).x
     np.testing.assert_allclose(fit.parameters["slope"], best[:3], rtol=1e-4)
     np.testing.assert_allclose(fit.parameters["noise"], np.exp(best[3]), rtol=1e-5)
+
+
+def test_modes_under_uniform_priors_equal_the_maxima_within_their_bounds() -> None:
+    """Bounds of their own for every entry; a Uniform has density 0 at its upper one, so the mode stands next to it."""
+    low = torch.tensor([[-9.0, 0.0], [0.1, 0.1]], dtype=torch.float64)
+    high = torch.tensor([[0.5, 9.0], [9.0, 0.7]], dtype=torch.float64)
+
+    def model(x: Tensor) -> None:
+        loc = pyro.sample("loc", dist.Uniform(low[0], high[0]).to_event(1))
+        scale = pyro.sample("scale", dist.Uniform(low[1], high[1]).to_event(1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(loc, scale).to_event(1), obs=x)
+
+    x = np.random.default_rng(1).normal([2.0, 3.0], [1.5, 2.5], (17, 2))
+    fit = lvmppl.fit(model, {"x": torch.as_tensor(x)}, algorithm="em", standard_errors=True)
+    assert fit.status == "converged"
+    assert {s.how for s in fit.m_step} == {"closed-form"}
+    loc = np.array([0.5, x[:, 1].mean()])  # the mean of the first lies above its bound
+    scale = np.array([((x[:, 0] - 0.5) ** 2).mean() ** 0.5, 0.7])
+    np.testing.assert_allclose(fit.parameters["loc"], loc, rtol=1e-14)
+    np.testing.assert_allclose(fit.parameters["scale"], scale, rtol=1e-14)
+    expected = stats.norm(loc, scale).logpdf(x).sum()
+    assert fit.log_evidence == pytest.approx(expected, rel=1e-12)
+    prior = -float((high - low).log().sum())
+    assert fit.history["objective"].iloc[-1] == pytest.approx(expected + prior, rel=1e-12)
+    errors = fit.standard_errors
+    assert errors is not None
+    at_bound = [errors[n].isnan().tolist() for n in ("loc", "scale")]
+    assert at_bound == [[True, False], [False, True]]

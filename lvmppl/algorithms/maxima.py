@@ -128,12 +128,16 @@ def within(value: Tensor, constraint: Constraint) -> Tensor:
     constraint = plain(constraint)
     if constraint.event_dim:
         return value
-    low, high = bounds(constraint)
-    if low > -torch.inf or high < torch.inf:
-        value = value.clamp(low, high)
-        if low > -torch.inf and not bool(constraint.check(torch.tensor(low, dtype=value.dtype)).all()):
-            edge = torch.nextafter(
-                torch.tensor(low, dtype=value.dtype), torch.tensor(torch.inf, dtype=value.dtype)
-            )
-            value = torch.where(value <= low, edge if low else torch.finfo(value.dtype).tiny, value)
-    return value
+    low, high = (b.to(value.dtype) for b in bounds(constraint))
+    if bool((low == -torch.inf).all() & (high == torch.inf).all()):
+        return value
+    inner = value.clone()
+    for bound, other in ((low, torch.inf), (high, -torch.inf)):
+        inside = constraint.check(bound) | bound.isinf()
+        next_to = torch.nextafter(bound, bound.new_full((), other))
+        next_to = torch.where(
+            bound == 0, torch.finfo(value.dtype).tiny * torch.sign(bound.new_full((), other)), next_to
+        )
+        edge = torch.where(inside, bound, next_to)
+        inner = torch.maximum(inner, edge) if other > 0 else torch.minimum(inner, edge)
+    return inner

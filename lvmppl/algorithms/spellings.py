@@ -44,19 +44,24 @@ def is_real(constraint: Constraint) -> bool:
     return plain(constraint) is constraints.real
 
 
-def bounds(constraint: Constraint) -> tuple[float, float]:
-    """Lower and upper bound of an elementwise constraint."""
+def bounds(constraint: Constraint) -> tuple[Tensor, Tensor]:
+    """Lower and upper bound of an elementwise constraint: numbers, or one an entry."""
     own = plain(constraint)
     low, high = getattr(own, "lower_bound", -torch.inf), getattr(own, "upper_bound", torch.inf)
-    return float(low), float(high)
+    return torch.as_tensor(low, dtype=torch.float64), torch.as_tensor(high, dtype=torch.float64)
 
 
 def _positive(constraint: Constraint) -> bool:
-    return _elementwise(constraint) and bounds(constraint)[0] >= 0
+    return _elementwise(constraint) and bool((bounds(constraint)[0] >= 0).all())
 
 
 def _unit(constraint: Constraint) -> bool:
-    return _positive(constraint) and bounds(constraint)[1] <= 1
+    return _positive(constraint) and bool((bounds(constraint)[1] <= 1).all())
+
+
+def _unbounded_above_zero(constraint: Constraint) -> bool:
+    low, high = bounds(constraint)
+    return _elementwise(constraint) and bool((low == 0).all() & (high == torch.inf).all())
 
 
 def _is(*names: str) -> Callable[[Constraint], bool]:
@@ -72,7 +77,7 @@ SIMPLEX = (
     Spelling(
         "unnormalised weights",
         1,
-        lambda c: _positive(c) and bounds(c) == (0.0, torch.inf),
+        _unbounded_above_zero,
         lambda p: p / p.sum(-1, keepdim=True),
         lambda p, old: p * old.sum(-1, keepdim=True),
     ),

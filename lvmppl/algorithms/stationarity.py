@@ -112,15 +112,11 @@ def _in_coordinates(value: Tensor, grad: Tensor, constraint: Constraint) -> Tens
         excess = grad - (value * inner).sum(-1, keepdim=True)
         return torch.where(value > 0, value * excess, excess.clamp_min(0))
     if constraint.event_dim == 0:
-        low, high = bounds(constraint)
+        low, high = (b.to(value) for b in bounds(constraint))
         below, above = value - low, high - value
         tiny = torch.finfo(value.dtype).tiny
         at_low, at_high = below <= tiny, above <= tiny
-        factor = torch.ones_like(value)
-        if low > -torch.inf:
-            factor = factor * below
-        if high < torch.inf:
-            factor = factor * above
+        factor = torch.where(low.isinf(), 1.0, below) * torch.where(high.isinf(), 1.0, above)
         inwards = torch.where(at_low, grad.clamp_min(0), torch.where(at_high, (-grad).clamp_min(0), 0.0))
         return torch.where(at_low | at_high, inwards, factor * grad)
     transform = transform_to(constraint)
@@ -154,10 +150,11 @@ def _moved(value: Tensor, constraint: Constraint, noise: Tensor) -> Tensor:
     ):
         mix = torch.eye(value.shape[-1], dtype=value.dtype) + 0.05 * noise.tril()
         return mix @ value if "Cholesky" in name else mix @ value @ mix.mT
-    low, high = bounds(constraint)
-    if low > -torch.inf and high < torch.inf:
-        return 0.9 * value + 0.1 * (low + (high - low) * torch.sigmoid(noise))
-    if low > -torch.inf:
-        above = value - low
-        return low + torch.where(above > 0, above, 1e-3 * above.mean()) * torch.exp(0.1 * noise)
-    return value + 0.1 * (1 + value.abs()) * noise
+    low, high = (b.to(value) for b in bounds(constraint))
+    anywhere = value + 0.1 * (1 + value.abs()) * noise
+    if bool(low.isinf().all()):
+        return anywhere
+    within = 0.9 * value + 0.1 * (low + (high - low) * torch.sigmoid(noise))
+    above = value - low
+    beyond = low + torch.where(above > 0, above, 1e-3 * above.mean()) * torch.exp(0.1 * noise)
+    return torch.where(low.isinf(), anywhere, torch.where(high.isinf(), beyond, within))

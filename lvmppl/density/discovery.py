@@ -88,7 +88,7 @@ def discover(
     for name in _liftable(sites, plate):
         if lift is True or (lift is not False and name in lift):
             fn: Any = tracer.trace.nodes[name]["fn"]
-            parameters[name] = ParameterSpec(name, fn.support, _median(fn), is_site=True)
+            parameters[name] = ParameterSpec(name, _domain(fn), _median(fn), is_site=True)
             sites[name] = replace(sites[name], kind="parameter")
     return Structure(parameters, sites, sizes, axes, nesting, plate, total), tracer.trace
 
@@ -131,6 +131,16 @@ def _liftable(sites: Mapping[str, SiteInfo], plate: str | None) -> list[str]:
     if plate is None:
         return []
     return [n for n, s in sites.items() if s.kind == "latent" and not s.discrete and plate not in s.plates]
+
+
+def _domain(fn: Any) -> Constraint:
+    """Where the density of a prior is not 0: its support, of a Uniform without the upper bound (as torch has it)."""
+    if isinstance(fn, dist.Independent):
+        return constraints.independent(_domain(fn.base_dist), fn.reinterpreted_batch_ndims)
+    support: Any = fn.support
+    if isinstance(fn, dist.Uniform):
+        return constraints.half_open_interval(support.lower_bound, support.upper_bound)
+    return support  # type: ignore[no-any-return]
 
 
 def _median(fn: Any) -> Tensor:
