@@ -32,6 +32,7 @@ __all__ = [
     "EMOptions",
     "EnumerationOptions",
     "ExactOptions",
+    "GradientOptions",
     "InputErrors",
     "IterativeOptions",
     "MCMCOptions",
@@ -100,19 +101,25 @@ class IterativeOptions(Options):
 
     tolerance: relative change of the objective below which (strictly) a fit has converged; 0 never stops.
     init: `params` is the model's own values; `kmeans` and `random` are such responsibilities and one M-step.
-    learning_rate: None is the optimizer's own, see `rate`.
-    clip_norm: largest norm of the gradient, None for no limit.
     start_from: the fit whose final parameters are this one's start. freeze: parameters kept at their start.
     """
 
     max_steps: Count = 500
     tolerance: Annotated[float, Field(ge=0)] = 1e-8
     init: Literal["params", "kmeans", "random"] = "params"
+    start_from: Name | None = None
+    freeze: Names = ()
+
+
+class GradientOptions(IterativeOptions):
+    """What an algorithm takes whose every step is one of an optimizer.
+
+    learning_rate: None is the optimizer's own, see `rate`. clip_norm: largest norm of the gradient, None for no limit.
+    """
+
     optimizer: Optimizer = "lbfgs"
     learning_rate: Positive | None = None
     clip_norm: Positive | None = None
-    start_from: Name | None = None
-    freeze: Names = ()
 
     @property
     def rate(self) -> float:
@@ -122,7 +129,7 @@ class IterativeOptions(Options):
         return 1.0 if self.optimizer == "lbfgs" else 0.01
 
 
-class VariationalOptions(IterativeOptions):
+class VariationalOptions(GradientOptions):
     """What the algorithms with a guide take.
 
     optimizer: one of torch.optim. schedule: of the learning rate over `max_steps`; `linear` ends at zero. None is the
@@ -178,7 +185,7 @@ class ExactOptions(IterativeOptions):
     standard_errors: bool = False
 
 
-class EnumerationOptions(ExactOptions):
+class EnumerationOptions(ExactOptions, GradientOptions):
     """Gradient ascent on the exact log evidence."""
 
     algorithm: Literal["enumeration"] = "enumeration"

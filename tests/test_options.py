@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from lvmppl.errors import InputError
-from lvmppl.options import ALGORITHMS, EMOptions, InputErrors, IterativeOptions, SVIOptions, parse_options
+from lvmppl.options import ALGORITHMS, EMOptions, GradientOptions, InputErrors, SVIOptions, parse_options
 
 # option -> (algorithms that take it, default by algorithm)
 CONTRACT: dict[str, dict[str, Any]] = {
@@ -17,7 +17,9 @@ CONTRACT: dict[str, dict[str, Any]] = {
     "tolerance": {"em": 1e-8, "enumeration": 1e-8, "vem": 1e-8, "svi": 0.0},
     "init": dict.fromkeys(["em", "enumeration", "vem", "svi"], "params"),
     "restarts": dict.fromkeys(["em", "enumeration", "vem", "svi"], 1),
-    "optimizer": {"enumeration": "lbfgs", "em": "lbfgs", "vem": "adam", "svi": "adam"},
+    "optimizer": {"enumeration": "lbfgs", "vem": "adam", "svi": "adam"},
+    "learning_rate": dict.fromkeys(["enumeration", "vem", "svi"]),
+    "clip_norm": dict.fromkeys(["enumeration", "vem", "svi"]),
     "batch_size": dict.fromkeys(["vem", "svi"]),
     "num_particles": dict.fromkeys(["vem", "svi"], 1),
     "objective": dict.fromkeys(["vem", "svi"], "elbo"),
@@ -43,26 +45,24 @@ def test_option_defaults_equal_the_contract(option: str) -> None:
 
 
 def test_every_option_of_an_iterative_algorithm_is_kept_as_given() -> None:
-    given: dict[str, Any] = {
+    common: dict[str, Any] = {
         "max_steps": 7,
         "tolerance": 1e-3,
         "init": "random",
-        "optimizer": "sgd",
-        "learning_rate": 2,
-        "clip_norm": 0.5,
         "start_from": "other",
         "freeze": ["weights", "loc"],
         "restarts": 4,
         "standard_errors": True,
-        "m_steps": 3,
-        "acceleration": "squarem",
         "compile": "never",
     }
-    options = parse_options("em", given, "fit")
-    assert {**options.model_dump(), "freeze": list(options.model_dump()["freeze"])} == {
-        "algorithm": "em",
-        **given,
+    own: dict[str, dict[str, Any]] = {
+        "em": {"m_steps": 3, "acceleration": "squarem"},
+        "enumeration": {"optimizer": "sgd", "learning_rate": 2, "clip_norm": 0.5},
     }
+    for algorithm, special in own.items():
+        given = {**common, **special}
+        kept = parse_options(algorithm, given, "fit").model_dump()
+        assert {**kept, "freeze": list(kept["freeze"])} == {"algorithm": algorithm, **given}
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_every_option_of_an_iterative_algorithm_is_kept_as_given() -> None:
 )
 def test_learning_rate_in_effect_follows_the_optimizer(options: dict[str, Any], rate: float) -> None:
     parsed = parse_options("svi", options, "fit")
-    assert isinstance(parsed, IterativeOptions)
+    assert isinstance(parsed, GradientOptions)
     assert parsed.rate == rate
 
 
@@ -97,20 +97,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("em", {"tolerance": "1e-8"}, "fit.tolerance: expected a number, got '1e-8'"),
     ("em", {"tolerance": False}, "fit.tolerance: expected a number, got false"),
     ("em", {"tolerance": float("nan")}, "fit.tolerance: expected a finite number, got nan"),
-    ("em", {"learning_rate": 0}, "fit.learning_rate: expected a number above 0, got 0"),
-    ("em", {"learning_rate": float("inf")}, "fit.learning_rate: expected a finite number, got inf"),
+    ("enumeration", {"learning_rate": 0}, "fit.learning_rate: expected a number above 0, got 0"),
+    ("enumeration", {"learning_rate": float("inf")}, "fit.learning_rate: expected a finite number, got inf"),
     (
         "em",
         {"init": "kmean"},
         "fit.init: expected params, kmeans or random, got 'kmean'; did you mean 'kmeans'",
     ),
     (
-        "em",
+        "enumeration",
         {"optimizer": "lbgfs"},
         "expected lbfgs, adam, .* rprop or asgd, got 'lbgfs'; did you mean 'lbfgs'",
     ),
     ("em", {"freeze": "weights"}, r"fit.freeze: expected a list, got 'weights'; write \[weights\]"),
     ("em", {"freeze": ["loc", 3]}, "fit.freeze.1: expected text, got 3"),
+    ("em", {"optimizer": "adam"}, "optimizer is an option of enumeration, vem, svi only"),
     ("em", {"guide": {"use": "categorical"}}, "guide is an option of vem, svi only"),
     ("em", {"num_samples": 3}, "num_samples is an option of mcmc only"),
     ("svi", {"e_steps": 3}, "e_steps is an option of vem only"),
