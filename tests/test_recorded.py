@@ -37,6 +37,17 @@ def accumulated(x: Tensors) -> dict[str, Tensor]:
     return {"total": total, "joined": joined, "any": ((joined > 0.9) & ~(joined < 0)).any(-1)}
 
 
+def spelt_otherwise(x: Tensors) -> dict[str, Tensor]:
+    """Powers whose exponent is a tensor, a sum over no axis in particular, an empty vector in a join."""
+    m, rows = x["m"], x["s"][0]
+    two = torch.full((4,), 2.0, dtype=torch.float64)
+    return {
+        "powers": torch.stack([m**m, 2.0**m, m**two, m ** m.sum()]),
+        "total": torch.sum(m, dim=None),
+        "joined": torch.cat([rows * 2, torch.empty(0, dtype=torch.float64)]),
+    }
+
+
 def solved(x: Tensors) -> dict[str, Tensor]:
     root = torch.linalg.cholesky(x["s"])
     white = torch.linalg.solve_triangular(root, x["m"].mT, upper=False)
@@ -54,7 +65,9 @@ def differentiated(x: Tensors) -> dict[str, Tensor]:
     return {"grad": grad}
 
 
-@pytest.mark.parametrize("function", [softmax_and_views, accumulated, solved, differentiated])
+@pytest.mark.parametrize(
+    "function", [softmax_and_views, accumulated, spelt_otherwise, solved, differentiated]
+)
 def test_recorded_step_equals_its_function(function: object) -> None:
     assert callable(function)
     recorded = Recorded(function, inputs(0))

@@ -171,7 +171,7 @@ def _reduced(ufunc: Any) -> Callable[..., Call | None]:
     def build(out: Any, array: Any, axes: Any = (), keep: bool = False) -> Call | None:
         if ufunc is not np.logical_or and array.dtype != out.dtype:
             return None
-        axis = (axes,) if isinstance(axes, int) else tuple(axes) or None
+        axis = (axes,) if isinstance(axes, int) else tuple(axes or ()) or None
         return partial(ufunc.reduce, array, axis, None, out, keep)
 
     return build
@@ -186,14 +186,16 @@ def _where(out: Any, condition: Any, chosen: Any, other: Any) -> Call:
 
 
 def _power(out: Any, array: Any, exponent: Any) -> Call | None:
-    return partial(np.square, array, out) if exponent == 2 else None
+    return partial(np.square, array, out) if isinstance(exponent, int | float) and exponent == 2 else None
 
 
 def _taken(out: Any, array: Any, axis: int, index: Any) -> Call:
     return partial(np.take, array, index, axis, out, "clip")  # in range: torch has looked
 
 
-def _joined(out: Any, arrays: Any, axis: int = 0) -> Call:
+def _joined(out: Any, arrays: Any, axis: int = 0) -> Call | None:
+    if any(a.ndim != out.ndim for a in arrays):  # torch leaves out empty vectors, numpy refuses them
+        return None
     return partial(np.concatenate, arrays, axis, out)
 
 
