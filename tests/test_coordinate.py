@@ -280,6 +280,22 @@ def test_structured_mean_field_lies_between_independent_steps_and_the_evidence(
         assert total_gap(fit) == pytest.approx(fit.log_evidence - fit.elbo, abs=1e-8)
 
 
+@pytest.mark.parametrize("cap", [40.0, 20.0])
+def test_closed_form_is_given_up_where_log_p_bends_only_at_the_end(cap: float) -> None:
+    """Below the cap, where q starts, log p is quadratic; q ends astride of it, or beyond."""
+
+    def capped(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_tensor(50.0), 10.0))
+            pyro.sample("x", dist.Normal(z.clamp(max=cap), 1.0), obs=x)
+
+    fit = lvmppl.fit(capped, {"x": cap + tensor(1.0, 2.0)}, algorithm="vem", guide=variational, max_steps=4)
+    assert [(s.how, s.why) for s in fit.e_step] == [
+        ("gradient", "log p is not linear in the statistics of 'z' where q ends")
+    ]
+    assert fit.elbo_error > 0 and fit.elbo < fit.log_evidence + 4 * fit.elbo_error
+
+
 @pytest.mark.parametrize("bend", [torch.tanh, lambda z: z.clamp(min=-0.5)], ids=["tanh", "clamp"])
 def test_log_density_that_bends_away_from_a_narrow_start_has_no_closed_form(bend: Any) -> None:
     """Around a q of scale 1e-4 every smooth log p is linear in z and z² to the digits that there are."""

@@ -14,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.coordinate import plan_e_step
+from lvmppl.algorithms.coordinate import bent_site, plan_e_step
 from lvmppl.algorithms.guide_fields import CONTINUOUS, Block
 from lvmppl.algorithms.guided_step import guided_e_step
 from lvmppl.algorithms.integrated import IntegratedJoint
@@ -54,6 +54,10 @@ class ClosedPhases:
         self.kept[:] = last
         done = last[0].run(self.sweeps)
         return {n: done[n] for n in self.e.names}
+
+    def bent_site(self, values: Mapping[str, Tensor]) -> str:
+        """A site without a closed form after all after one more E phase, which sees log p where q stands now."""
+        return bent_site(self.e, Sweep(self.e, values).run(self.sweeps)) if self.e.has_points else ""
 
     def m_phase(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
         """The θ of closed forms at their maximum given q, and those that a floor holds."""

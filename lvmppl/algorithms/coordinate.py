@@ -29,6 +29,7 @@ from lvmppl.elbo import MOVES
 from lvmppl.fitted import EStep
 
 _CHECKS = 2  # draws of q at which linearity is looked at
+_FAR = 4  # points farther out of each of them at the end, where bends may be anywhere about q
 _MOVE = 0.1  # standard deviation of the values beside the start at which it is looked at too
 
 
@@ -240,11 +241,31 @@ class _Trial:
             self.reasons[site] = f"its expectations take more than {MAX_POINTS} points"
             return False
         natural = sweep.natural(site)
-        shape = (*member.batch, *member.event)
-        near = [member.base.sample().reshape(shape) for _ in range(_CHECKS)]
-        draws = torch.stack([*near, *(_far(draw, member) for draw in near)])
+        draws = _check_points(member)
         found = natural.fits(draws, sweep.gradients(site, draws))
         return found and is_proper(natural.optimum(sweep.scale(site)))
+
+
+def bent_site(plan: CoordinatePlan, values: Mapping[str, Tensor]) -> str:
+    """A site with a closed form in whose statistics log p is not linear about these values; empty where there is none.
+
+    The start says nothing of a bend that only q as it stands now reaches: a clamp or a kink far away.
+    """
+    with isolated(seed=20_029, dtype=torch.get_default_dtype()):
+        sweep = Sweep(plan, values)
+        for site in (b.site for b in plan.blocks if b.kind == CONTINUOUS):
+            natural, draws = sweep.natural(site), _check_points(sweep.members[site], far=_FAR)
+            gradients = sweep.gradients(site, draws)
+            if bool(torch.isfinite(gradients).all()) and not natural.fits(draws, gradients):
+                return site
+    return ""
+
+
+def _check_points(member: Member, far: int = 1) -> Tensor:
+    """Draws of q and, of each, this many points farther out, at which linearity is looked at, [P, *batch, *event]."""
+    shape = (*member.batch, *member.event)
+    near = [member.base.sample().reshape(shape) for _ in range(_CHECKS)]
+    return torch.stack([*near, *(_far(draw, member) for draw in near for _ in range(far))])
 
 
 def _far(draw: Tensor, member: Member) -> Tensor:
@@ -297,4 +318,4 @@ def _frozen(sets: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(others) for name, others in sets.items()}
 
 
-__all__ = ["plan_e_step"]
+__all__ = ["bent_site", "plan_e_step"]

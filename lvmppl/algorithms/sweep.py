@@ -45,6 +45,11 @@ class CoordinatePlan:
         return frozenset(n for b in self.blocks for n in b.names)
 
     @property
+    def has_points(self) -> bool:
+        """Whether a site with a closed form is integrated over points."""
+        return any(b.kind == CONTINUOUS for b in self.blocks)
+
+    @property
     def local(self) -> tuple[Block, ...]:
         """The blocks with a row per datum."""
         return tuple(b for b in self.blocks if self.problem.data_plate in b.plates)

@@ -186,6 +186,19 @@ class _Alternation:
         checked = self.closed.checked(self.values())
         if checked.m.steps == self.closed.m.steps:
             checked = self.closed.without_closed_forms(f"an update lowered the ELBO to {objective:.6f}")
+        self._go_on_with(checked)
+        return False
+
+    def is_linear(self) -> bool:
+        """Whether log p is linear in the statistics of the closed forms' sites where q ends; if not, they are given up."""
+        site = self.closed.bent_site(self.values()) if not self.noisy else ""
+        if site:
+            why = f"log p is not linear in the statistics of '{site}' where q ends"
+            self._go_on_with(self.closed.without_closed_forms(why))
+        return not site
+
+    def _go_on_with(self, checked: ClosedPhases) -> None:
+        """Fewer closed forms from here on."""
         values = self.values()
         self.closed = checked
         if checked.problem is not self.problem:
@@ -193,7 +206,6 @@ class _Alternation:
         self._make_steppers(values)
         if self.noisy:
             self.begin_average()
-        return False
 
     def _draw_again(self, problem: Problem) -> None:
         """Without closed forms the continuous sites of q are drawn: their bound is an estimate."""
@@ -274,7 +286,10 @@ def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step
     if not math.isfinite(objective) and not (step == 0 and state.may_begin_at(objective)):
         raise NotFinite("ELBO")
     recovery.fine()
-    if trajectory.values and not state.holds(objective, trajectory.objective):
+    over = step == state.options.max_steps
+    if (trajectory.values and not state.holds(objective, trajectory.objective)) or (
+        over and not state.is_linear()
+    ):
         estimate = state.objective(step)
         objective = float(estimate.bound)
     extra = state.bound.logged(step)
@@ -286,10 +301,10 @@ def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step
     if not state.noisy and (objective > trajectory.objective or not trajectory.values):
         trajectory.objective, trajectory.values = objective, state.values()
     met = state.watch.met(step, objective, state.noisy, state)
-    if met and state.bound.settled(step):
+    if met and state.bound.settled(step) and state.is_linear():
         trajectory.status = "converged"
         return True
-    if step == state.options.max_steps:
+    if over:
         return True
     state.save()
     state.run(step, rate_factor(state.options.rate_schedule, step / state.options.max_steps))
