@@ -50,6 +50,7 @@ _LINEAR = (
     dist.Gamma,
     dist.Multinomial,
 )
+_CENTRED = ("normal", "mvn")
 _CORE = {"mvn": 1, "simplex": 1}
 
 
@@ -135,6 +136,8 @@ def _plan(fn: Any, value: Tensor) -> _Plan | None:
     family = FAMILIES.get(kind)
     if family is None or (is_label and rank == 0):  # a single label is looked up in its table
         return None
+    if not is_label and family.kind not in _CENTRED and not isinstance(fn, _LINEAR):
+        return None
     core = 0 if is_label else _CORE.get(family.kind, 0)
     if (family.kind == "mvn" and rank) or fn.batch_shape.numel() * max(
         1, value.shape[-1] if core else 1
@@ -212,10 +215,8 @@ def _as_product(plan: _Plan) -> Tensor | None:
     if plan.is_label:
         return plan.shaped(_labels(plan))
     kind = plan.family.kind
-    if kind in ("normal", "mvn"):
+    if kind in _CENTRED:
         return _quadratic(plan)
-    if not isinstance(plan.fn, _LINEAR):
-        return None
     known = {k: unexpanded(v) for k, v in plan.family.known(plan.fn).items()}
     value = plan.value.to(_dtype(plan))
     parts = tuple(plan.columns(p) for p in plan.family.statistics(value, known))

@@ -177,6 +177,21 @@ def test_every_family_takes_the_product(name: str, monkeypatch: pytest.MonkeyPat
     assert log_density(distribution(parameters), x).shape == (4, 7)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [
+        lambda p: dist.Laplace(p, 1 + p),
+        lambda p: dist.HalfNormal(p),
+        lambda p: dist.Pareto(p / 10, p),
+        lambda p: dist.InverseGamma(p, 1 + p),
+    ],
+)
+def test_density_of_families_without_a_product_equals_torch(family: Callable[[Tensor], Any]) -> None:
+    fn = family(torch.tensor([[0.5], [1.5], [2.5]]))
+    x = 1 + torch.rand(7, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(log_density(fn.expand((3, 7)), x), fn.log_prob(x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["normal", "multivariate", "poisson", "bernoulli"])
 def test_second_derivatives_equal_torch(name: str) -> None:
     parameters, distribution, x = build(name, [(4, True), (6, False)], 0 if name in EVENTLESS else 1, 3)

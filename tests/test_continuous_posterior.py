@@ -11,7 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy import integrate, stats
+from scipy import integrate, special, stats
 from sklearn.decomposition import FactorAnalysis
 from torch import Tensor
 
@@ -149,6 +149,21 @@ def test_gamma_poisson_quadrature_equals_conjugate_posterior() -> None:
     np.testing.assert_allclose(mean, exact.mean(), rtol=1e-6)
     np.testing.assert_allclose(sd, exact.std(), rtol=1e-6)
     np.testing.assert_allclose(post.entropy(), exact.entropy(), rtol=1e-5)
+
+
+def test_direction_under_a_von_mises_prior_is_integrated_over_one_turn() -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.VonMises(0.5, 2.0))
+            pyro.sample("x", dist.VonMises(z, 3.0), obs=x)
+
+    x = torch.tensor([3.1, -2.0, 0.4], dtype=torch.float64)
+    post = lvmppl.posterior(model, {"x": x})
+    length = np.abs(2.0 * np.exp(0.5j) + 3.0 * np.exp(1j * x.numpy()))
+    expected = np.log(special.i0(length) / (2 * np.pi * special.i0(2.0) * special.i0(3.0)))
+    # torch's Bessel function is a polynomial good to 1e-7
+    np.testing.assert_allclose(post.log_evidence_per_datum, expected, rtol=1e-7)
+    assert bool((post.sample(200)["z"].abs() <= math.pi).all())
 
 
 def test_quadrature_with_an_enumerated_site_equals_scipy(x: Tensor) -> None:

@@ -174,6 +174,10 @@ def _transform(site: SiteInfo) -> Transform:
     support = site.support
     while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
         support = support.base_constraint
+    if (
+        site.family == "VonMises"
+    ):  # torch calls its support ℝ, but its density has integral 1 over one turn of the circle
+        support = constraints.interval(-math.pi, math.pi)
     if support is constraints.real or support is constraints.real_vector:
         return identity_transform
     transform: Transform = biject_to(support)
