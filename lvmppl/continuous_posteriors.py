@@ -20,7 +20,7 @@ from torch import Tensor
 from lvmppl.continuous_posterior_marginals import Kernel, Path, marginal_over, neighbours
 from lvmppl.density import Variable
 from lvmppl.errors import InputError
-from lvmppl.exact.evidences import scaled
+from lvmppl.exact.evidences import error_of_sum, scaled
 from lvmppl.exact.layout import Block, Layout
 from lvmppl.exact.named import log_sum_exp
 from lvmppl.exact.quadrature import QuadraturePosterior
@@ -35,9 +35,9 @@ class ContinuousPosterior:
     """p(z | x; θ) by the Gaussian engine or by quadrature; `engine` says which and why.
 
     kind: `exact`, `quadrature`, or `estimate` where nothing bounds what may have been overlooked between the points that
-    were looked at, as under a `pyro.factor` (`proven` is False; `engine` says why). log_evidence_error bounds the absolute
-    error of the total: 0 for the Gaussian, ∞ for an estimate; of a Gaussian path so stiff that rounding of its precision
-    shows, an estimate too, the error is finite.
+    were looked at, as under a `pyro.factor` (`proven` is False; `engine` says why), or where quadrature of some datum found
+    no bound. log_evidence_error bounds the absolute error of the total: 0 for the Gaussian, ∞ for an estimate; of a
+    Gaussian path so stiff that rounding of its precision shows, an estimate too, the error is finite.
     constant: what factors outside of the data plate add to the log evidence, where rows are data; by the states of the
     sites that rows share.
     """
@@ -70,7 +70,7 @@ class ContinuousPosterior:
         if not self.proven:
             return "estimate"
         if isinstance(self.kernel, QuadraturePosterior):
-            return "quadrature"
+            return "quadrature" if math.isfinite(self.log_evidence_error) else "estimate"
         evidence = self.kernel.log_evidence.detach().nan_to_num(neginf=0.0)
         rounded = self.kernel.log_evidence_error > _ROUNDING * (1.0 + evidence.abs())
         return "estimate" if bool(rounded.any()) else "exact"
@@ -113,11 +113,10 @@ class ContinuousPosterior:
         if not self.proven:
             return torch.full_like(self._by_row, math.inf)
         error = self.kernel.log_evidence_error
-        # |log Σ e^{a+δ} − log Σ e^a| ≤ max |δ| over configurations that matter, hence ≤ log Σ p(c) e^{|δ|}
-        weights = self._weights.log() + error
-        for _ in self._lead:
-            weights = log_sum_exp(weights, 0)
-        return self._scaled(weights.reshape(-1) if self._lead else error.reshape(-1))
+        if self._lead:
+            last = self._lead[-1]
+            error = error_of_sum(self._weights.flatten(0, last), error.flatten(0, last))
+        return self._scaled(error.reshape(-1))
 
     @property
     def log_evidence_error(self) -> float:

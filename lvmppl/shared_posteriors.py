@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lvmppl.continuous_posteriors import ContinuousPosterior
 from lvmppl.errors import InputError
-from lvmppl.exact.evidences import by_sharing, of_rows, of_shared, scaled
+from lvmppl.exact.evidences import by_sharing, error_of_sum, of_rows, of_shared, scaled
 from lvmppl.exact.named import log_sum_exp
 from lvmppl.posteriors import Mode
 
@@ -85,10 +85,9 @@ class SharedPosterior(ContinuousPosterior):
         if not self.proven:
             return torch.full_like(self._by_row, math.inf)
         error = by_sharing(self.kernel.log_evidence_error, self.layout)
-        rows = log_sum_exp(self._given.log() + error, 1)
-        rows = torch.where(self._given.sum(1) > 0, rows, 0.0)
+        rows = error_of_sum(self._given.movedim(1, 0), error.movedim(1, 0))
         total = scaled(rows, self.layout, self.data_plate).sum(-1)
-        return log_sum_exp(self._shares.log() + total, 0).reshape(1)
+        return error_of_sum(self._shares, total).reshape(1)
 
     def probabilities(self, site: str) -> Tensor:
         """p(c = k | x) of an enumerated site: [N, K]; [K] of a shared one."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,6 +30,30 @@ def assert_covered(model: Callable[[Tensor], None], x: Tensor, truth: np.ndarray
     assert post.kind == "quadrature" and post.log_evidence_per_datum is not None
     deviation = np.abs(post.log_evidence_per_datum.numpy() - truth)
     assert (deviation <= post.log_evidence_error_per_datum.numpy() + 1e-12).all(), deviation
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_error_is_infinite_where_that_of_a_state_is_whose_weight_underflows(shared: bool) -> None:
+    def state() -> Tensor:
+        c: Tensor = pyro.sample("c", dist.Bernoulli(0.5), infer={"enumerate": "parallel"})
+        pyro.sample("y", dist.Normal(1000.0 * c, 1.0), obs=torch.tensor(1000.0))
+        return c
+
+    def model(x: Tensor) -> None:
+        c = state() if shared else None
+        with pyro.plate("data", len(x)):
+            c = state() if c is None else c
+            p = pyro.sample("p", dist.Beta(0.1 + 4.9 * c, 0.1 + 4.9 * c))  # at c = 0 too steep at its edges
+            pyro.sample("x", dist.Binomial(10, p), obs=x)
+
+    x = tensor(0.0, 10.0, 3.0)
+    post = lvmppl.posterior(model, {"x": x})
+    assert post.kind == "estimate" and post.log_evidence_error == math.inf
+    times = 1 if shared else len(x)
+    expected = stats.betabinom(10, 5.0, 5.0).logpmf(x.numpy()).sum() + times * (
+        math.log(0.5) + stats.norm.logpdf(0.0)
+    )
+    assert post.log_evidence == pytest.approx(expected, rel=1e-8)
 
 
 def tensor(*values: float) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from lvmppl.exact.layout import Layout
@@ -43,4 +44,15 @@ def of_shared(table: Tensor, constant: Tensor, layout: Layout, data_plate: str |
     return constant.reshape(-1) + scaled(of_rows(table, layout), layout, data_plate).sum(-1)
 
 
-__all__ = ["by_sharing", "of_rows", "of_shared", "scaled"]
+def error_of_sum(weights: Tensor, error: Tensor) -> Tensor:
+    """Bound on the error of log Σ_c e^a(c) over the first axis, from p(c) ∝ e^a(c) and bounds |δ(c)| of those of a(c):
+
+        |log Σ_c e^(a + δ) − log Σ_c e^a| ≤ log Σ_c p(c) e^|δ(c)|
+
+    ∞ wherever one of them is, however small its weight; 0 if all weights are.
+    """
+    terms = torch.where(error.isinf(), torch.inf, weights.log() + error)
+    return torch.where(weights.sum(0) > 0, log_sum_exp(terms, 0), 0.0)
+
+
+__all__ = ["by_sharing", "error_of_sum", "of_rows", "of_shared", "scaled"]
