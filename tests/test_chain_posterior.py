@@ -12,8 +12,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from allocations import Allocations
 from hmmlearn import hmm
 from pyro import poutine
+from scipy.stats import norm
 from torch import Tensor
 
 import lvmppl
@@ -201,6 +203,37 @@ def test_factorial_chains_equal_brute_force() -> None:
         assert float(mode.log_prob[row]) == pytest.approx(values.max() - evidence, rel=1e-9)
         entropy = -(np.exp(values - evidence) * (values - evidence)).sum()
         assert float(post.entropy()[row]) == pytest.approx(entropy, rel=1e-9)
+
+
+def seven_chains(x: Tensor, moved: Any = lambda z: z) -> None:
+    initial, transition = torch.tensor([0.3, 0.7]), torch.tensor([[0.8, 0.2], [0.4, 0.6]])
+    with pyro.plate("data", len(x)):
+        loc: Any = 0.0
+        for i in range(7):
+            chain = MarkovChain(initial.to(x), transition.to(x), x.shape[1])
+            z = pyro.sample(f"z{i}", chain, infer={"enumerate": "parallel"})
+            loc = loc + (1.0 + i) * (moved(z) if i == 6 else z)
+        pyro.sample("x", dist.Normal(loc, 2.0).to_event(1), obs=x)
+
+
+def test_evidence_of_many_chains_equals_their_product_and_takes_little_memory() -> None:
+    x = torch.tensor([[3.0, 20.0, 11.0, 7.0], [0.0, 28.0, 14.0, 5.0]], dtype=torch.float64)
+    with Allocations() as made:
+        post = lvmppl.posterior(seven_chains, {"x": x})
+    move = functools.reduce(np.kron, [np.array([[0.8, 0.2], [0.4, 0.6]])] * 7)
+    level = functools.reduce(np.add.outer, [np.array([0.0, 1.0 + i]) for i in range(7)]).reshape(-1)
+    for row, evidence in zip(x.numpy(), post.log_evidence_per_datum, strict=True):  # type: ignore[arg-type]
+        weight = functools.reduce(np.kron, [np.array([0.3, 0.7])] * 7) * norm.pdf(row[0], level, 2.0)
+        for value in row[1:]:
+            weight = (weight @ move) * norm.pdf(value, level, 2.0)
+        assert float(evidence) == pytest.approx(math.log(weight.sum()), rel=1e-12)
+    assert made.largest < 2**20  # 128 joint states, a matrix of them 128 KiB
+
+
+def test_observation_of_another_step_of_one_of_many_chains_is_refused() -> None:
+    x = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ModelError, match="a dependence on its states at other steps"):
+        lvmppl.posterior(lambda x: seven_chains(x, lambda z: z.roll(1, -1)), {"x": x})
 
 
 @pytest.mark.parametrize("emission", ["categorical", "poisson", "gaussian"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,9 +49,11 @@ def check_steps(joint: Joint, data: Values, values: Values, known: Evaluation | 
     pinned = _Pinned(joint.first_available_dim)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), unvalidated():
         first = known or _Probe(joint, pinned, None).evaluate(data, values, rows)
-        again = _Probe(joint, pinned, sequences).evaluate(data, values, rows)
+        meeting = max(len(_chains_of(f, first.variables)) for f in first.factors)
+        paths = partial(sequences, chains=meeting)
+        again = _Probe(joint, pinned, paths).evaluate(data, values, rows)
         for before, after in zip(first.factors, again.factors, strict=True):
-            _compare(before, after, first.variables)
+            _compare(before, after, first.variables, paths)
             _check_masked(before, first.variables)
 
 
@@ -110,9 +113,14 @@ class _Probe(Joint):
             yield
 
 
-def sequences(steps: int, states: int) -> Tensor:
-    """Sequences of states [M, T]: random ones, ones whose neighbours differ, and ones whose halves differ, in turn."""
-    count = 1 if states == 1 else max(3, min(3 * states, _STEPS // steps // 3 * 3))
+def sequences(steps: int, states: int, chains: int = 1) -> Tensor:
+    """Sequences of states [M, T]: random ones, ones whose neighbours differ, and ones whose halves differ, in turn.
+
+    chains: that meet in a factor, which then has M_1 · M_2 · … sequences: where they are many, no more than joint states.
+    """
+    most = int((_STEPS // steps) ** (1 / chains)) // 3 * 3
+    least = 3 if chains == 1 else min(3, states)
+    count = 1 if states == 1 else max(least, min(3 * states, most))
     generator, t = torch.Generator().manual_seed(steps), torch.arange(steps)
     kinds = (
         lambda _: torch.randint(states, (steps,), generator=generator),
@@ -122,16 +130,20 @@ def sequences(steps: int, states: int) -> Tensor:
     return torch.stack([kinds[i % 3](i // 3) for i in range(count)])
 
 
-def _compare(before: Factor, after: Factor, variables: Mapping[str, Variable]) -> None:
+def _chains_of(factor: Factor, variables: Mapping[str, Variable]) -> list[str]:
+    return [d for d in factor.dims if d in variables and variables[d].steps]
+
+
+def _compare(before: Factor, after: Factor, variables: Mapping[str, Variable], paths: Paths) -> None:
     """The factor at the sequences against the one at the states of one step, looked up at theirs."""
-    chains = [d for d in after.dims if d in variables and variables[d].steps]
+    chains = _chains_of(after, variables)
     if not chains:
         return
     same = before.dims == after.dims
     if same and not all(time_axis(variables[c].steps or 0) in before.dims for c in chains):
         return  # one log-probability for a whole sequence, which elimination refuses itself
     tolerance = 1e-6 if after.log_prob.dtype == torch.float64 else 1e-3
-    expected = _looked_up(before, chains, variables) if same else after.log_prob
+    expected = _looked_up(before, chains, variables, paths) if same else after.log_prob
     if (
         not same
         or expected.shape != after.log_prob.shape
@@ -167,13 +179,13 @@ def _check_masked(factor: Factor, variables: Mapping[str, Variable]) -> None:
             )
 
 
-def _looked_up(factor: Factor, chains: list[str], variables: Mapping[str, Variable]) -> Tensor:
+def _looked_up(factor: Factor, chains: list[str], variables: Mapping[str, Variable], paths: Paths) -> Tensor:
     """log f_t(z_t) for the sequences z of each chain: its axis of K states becomes one of M sequences."""
     result = factor.log_prob
     for chain in chains:
         size, steps = variables[chain].size, variables[chain].steps or 0
         axis, time = factor.dims.index(chain), factor.dims.index(time_axis(steps))
-        states = sequences(steps, size).to(result.device)  # [M, T]
+        states = paths(steps, size).to(result.device)  # [M, T]
         shape, wanted = [1] * result.dim(), list(result.shape)
         shape[axis], shape[time], wanted[axis] = len(states), steps, len(states)
         states = (states if axis < time else states.T).reshape(shape)
