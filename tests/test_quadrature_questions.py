@@ -161,7 +161,7 @@ def log_rate(x: Tensor) -> None:
         pyro.sample("x", dist.Poisson(z.exp()), obs=x)
 
 
-@pytest.mark.parametrize(("model", "most"), [(gamma_poisson, 10), (beta_binomial, 11), (log_rate, 13)])
+@pytest.mark.parametrize(("model", "most"), [(gamma_poisson, 10), (beta_binomial, 11), (log_rate, 14)])
 def test_smooth_posterior_of_one_mode_takes_few_runs(model: Callable[..., None], most: int) -> None:
     """Scans say where the mode is and how wide; nothing is climbed, and lattices are evaluated together."""
     program, runs = counted(model)
