@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,21 @@ def test_best_restart_is_kept(iris: Tensor) -> None:
     assert best.nunique() == 3
     assert fit.restart == best.idxmax()
     assert fit.log_evidence == pytest.approx(best.max(), rel=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "enumeration"])
+def test_seconds_of_a_fit_are_within_the_time_it_took(iris: Tensor, algorithm: str) -> None:
+    """Restarts of EM step together here, those of the gradient one after the other."""
+    model = functools.partial(gaussian_mixture, num_components=3, covariance="diag")
+    options: dict[str, Any] = {"algorithm": algorithm, "init": "random", "max_steps": 30, "tolerance": 0}
+    started = time.perf_counter()
+    fit = lvmppl.fit(model, {"x": iris}, restarts=8, **options)
+    took = time.perf_counter() - started
+    ends = fit.all_history.groupby("restart")["seconds"].max()
+    assert len(ends) == 8
+    assert ends.max() <= fit.seconds <= took
+    if algorithm == "enumeration":
+        assert fit.seconds >= ends.sum()
 
 
 GUIDED = [

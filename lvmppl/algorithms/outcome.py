@@ -44,7 +44,7 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
     score = evaluate(problem, best.values)
     unbounded = point_message(problem) if problem.guided else ""
     history = history_frame([row for t in trajectories for row in t.rows])
-    seconds = sum(t.rows[-1]["seconds"] for t in trajectories if t.rows) + time.perf_counter() - started
+    seconds = _elapsed(trajectories) + time.perf_counter() - started
     return Fit(
         algorithm=options.algorithm,
         status=best.status,
@@ -67,6 +67,15 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
         variational=score.variational,
         moments=score.moments,
     )
+
+
+def _elapsed(trajectories: Sequence[Trajectory]) -> float:
+    """Seconds during which at least one restart ran: several may have stepped together."""
+    total, end = 0.0, -math.inf
+    for started, seconds in sorted((t.started, t.rows[-1]["seconds"]) for t in trajectories if t.rows):
+        stop = max(end, started + seconds)
+        total, end = total + stop - max(started, end), stop
+    return total
 
 
 def _buffers(problem: Problem) -> dict[str, Tensor]:
