@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lvmppl.density import Drawing, Evaluation, Joint, Rows, Values, num_rows
 from lvmppl.elbo import elbo
+from lvmppl.errors import ModelError
 
 
 class RefinedJoint(Joint):
@@ -59,7 +60,7 @@ class RefinedJoint(Joint):
         local = self._refined(data, values, rows) if self._settled is None else self._settled
         if not any(v.requires_grad for v in values.values()):  # λ is held where what it comes from is
             local = {n: v.detach() for n, v in local.items()}
-        with guide.holding(local):
+        with _held(guide, local, guide.refine_steps):
             yield
 
     def _refined(self, data: Values, values: Values, rows: Rows) -> dict[str, Tensor]:
@@ -71,12 +72,33 @@ class RefinedJoint(Joint):
         local: dict[str, Tensor] = dict(guide.local)
         held = values if through else {n: v.detach() for n, v in values.items()}
         with torch.enable_grad():
-            for _ in range(guide.refine_steps):
+            for done in range(guide.refine_steps):
                 at = local if through else {n: v.detach() for n, v in local.items()}
                 at = {n: v if v.requires_grad else v.requires_grad_() for n, v in at.items()}
-                with guide.holding(at):
+                with _held(guide, at, done):
                     bound = elbo(super().evaluate(data, held, rows), self.structure.data_plate).total
                 moves = torch.autograd.grad(bound / rows.scale, list(at.values()), create_graph=through)
                 rate = guide.refine_rate
                 local = {n: v + rate * m for (n, v), m in zip(local.items(), moves, strict=True)}
         return local
+
+
+@contextmanager
+def _held(guide: Any, local: dict[str, Tensor], done: int) -> Iterator[None]:
+    """Within the block an encoder's λ is this one, which so many steps have moved.
+
+    Raises:
+        ModelError: that the steps are too long, where q or the model no longer run after some of them.
+    """
+    try:
+        with guide.holding(local):
+            yield
+    except ModelError as error:
+        if not done:
+            raise
+        raise ModelError(
+            f"guide, rate of {guide.refine_steps} steps",
+            "steps up the ELBO from the encoder's λ that do not overshoot",
+            f"{guide.refine_rate}, after {done} of which q is no distribution or the model does not run",
+            "lower the guide's rate",
+        ) from error
