@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 
 import pytest
@@ -101,3 +103,23 @@ def test_recorded_step_raises_what_its_function_raises() -> None:
     recorded = Recorded(solved, inputs(0))
     with pytest.raises(RuntimeError, match="cholesky"):
         recorded({**inputs(0), "s": -inputs(0)["s"]})
+
+
+def test_em_in_tables_does_without_the_compiler_of_torch() -> None:
+    """Importing it takes two seconds, which torch does at the first operation that a guarded mode sees."""
+    program = """
+import sys, torch, pyro, lvmppl
+import pyro.distributions as dist
+from torch.distributions import constraints
+
+def model(x):
+    loc = pyro.param("loc", torch.tensor([-1.0, 1.0]))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(torch.ones(2) / 2), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+fit = lvmppl.fit(model, {"x": torch.tensor([-2.0, -1.0, 0.5, 3.0])}, algorithm="em", restarts=3, max_steps=5)
+assert len(fit.all_history["restart"].unique()) == 3
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

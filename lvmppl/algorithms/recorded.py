@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from lvmppl.density.dispatch import EagerMode
 
 Step = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 Call = Callable[[], Any]
@@ -29,11 +30,11 @@ class _OtherBranch(Exception):
     """A number that the function looked at is not what it was."""
 
 
-class _Tape(TorchDispatchMode):
+class _Tape(EagerMode):
     """The operations that run, in order: (operation, arguments, keywords, result)."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(

@@ -10,8 +10,8 @@ import torch
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from lvmppl.density.dispatch import EagerMode
 from lvmppl.errors import IntractableError, ModelError
 from lvmppl.wording import abridged
 
@@ -27,7 +27,7 @@ class Enumeration(EnumMessenger):
     """`poutine.enum` whose failures name the site. axes: who took each axis last (site and size), and its plates.
 
     limited: the model's own tensors are watched by `TableLimit`, from the site on with which one could be too large
-    (watching costs ten microseconds an operation).
+    (watching costs some microseconds an operation).
     """
 
     def __init__(self, first_available_dim: int | None = None, limited: bool = False) -> None:
@@ -108,14 +108,14 @@ def _check_finite(msg: Any) -> None:
     )
 
 
-class TableLimit(TorchDispatchMode):
+class TableLimit(EagerMode):
     """Refuses, before it is computed, any tensor over enumerated axes that elimination could not hold either.
 
     first_axis: the right-most enumeration axis. What stands right of it counts up to the size of one piece of the data.
     """
 
     def __init__(self, enumeration: Enumeration, first_axis: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.enumeration, self.first_axis = enumeration, first_axis
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
