@@ -1,8 +1,9 @@
 """The phases of variational EM that need no gradient: what there is of closed forms for q and for θ.
 
 The E phase is coordinate ascent (`coordinate`). The M phase is that of EM with the expected statistics of q in the place
-of the posterior's, where every site of q is enumerated; where q holds the posterior the two are EM. Minibatches have
-neither: an exact maximum over a batch is not a step towards that over all rows.
+of the posterior's, where no site of q is drawn: enumerated, or continuous and integrated over the points of a design. Where
+q holds the posterior the two are EM. Minibatches have neither: an exact maximum over a batch is not a step towards that
+over all rows.
 """
 
 from __future__ import annotations
@@ -14,17 +15,25 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.coordinate import bent_site, plan_e_step
+from lvmppl.algorithms.coordinate import bent_site, moved, plan_e_step
+from lvmppl.algorithms.evidence import is_chunkable
+from lvmppl.algorithms.expected import expected_log_joint as weighted_log_joint
 from lvmppl.algorithms.guide_fields import CONTINUOUS, Block
 from lvmppl.algorithms.guided_step import guided_e_step
 from lvmppl.algorithms.integrated import IntegratedJoint
+from lvmppl.algorithms.least_squares import FEW_ROWS
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
 from lvmppl.algorithms.plan import Plan
+from lvmppl.algorithms.probing import probe_rows
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.sweep import CoordinatePlan, Sweep
-from lvmppl.density import derive_seed
+from lvmppl.density import Rows, derive_seed
+from lvmppl.elbo import GuideWeights, expected_log_joint
+from lvmppl.errors import ModelError
 from lvmppl.fitted import MStep
 from lvmppl.options import VEMOptions
+
+MAX_ENTRIES = 5e7  # of a log-factor at all points of q, where rows cannot be taken apart
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class ClosedPhases:
 
     def checked(self, values: Mapping[str, Tensor]) -> ClosedPhases:
         """Less what does not hold at these values."""
-        return replace(self, m=verified(self.problem, self.m, {n: values[n] for n in self.problem.theta}))
+        return replace(self, m=verified(self.problem, self.m, values))
 
     def without_closed_forms(self, why: str) -> ClosedPhases:
         return replace(self, e=self.e.by_gradient(why), m=self.m.demote(self.m.closed, why))
@@ -132,16 +141,59 @@ def closed_phases(problem: Problem, options: VEMOptions) -> ClosedPhases:
     elif options.kl_weight != 1.0 or options.free_bits:
         refusal = "the KL is weighted"
     e = plan_e_step(problem, refusal or ("e_step: gradient" if options.e_step == "gradient" else ""))
-    drawn = [s.name for s in problem.model.structure.sites.values() if s.kind == "latent"]
-    if drawn and not refusal:
-        refusal = f"'{drawn[0]}' is not enumerated in the model"
     refusal = refusal or ("m_step: gradient" if options.m_step == "gradient" else "")
-    m = (
-        Plan((), tuple(_left(problem, n, refusal) for n in problem.theta))
-        if refusal
-        else plan_m_step(problem)
-    )
-    return ClosedPhases(e, m, options.e_steps)
+    return ClosedPhases(e, _plan_m_phase(e.problem, refusal), options.e_steps)
+
+
+def _plan_m_phase(problem: Problem, refusal: str) -> Plan:
+    """The closed forms of θ under q. problem: its guide integrated where no site is drawn. refusal: why none is wanted."""
+    assert problem.guided is not None and problem.guided.guide_structure is not None
+    if problem.free_theta:
+        refusal = refusal or _drawn_site(problem) or _points_in_the_way(problem)
+    if refusal or not problem.free_theta:
+        return Plan((), tuple(_left(problem, n, refusal) for n in problem.theta))
+    shared = set(problem.guided.guide_structure.parameters) & set(problem.free_theta)
+    return plan_m_step(problem).demote(shared, "q depends on it")
+
+
+def _drawn_site(problem: Problem) -> str:
+    """Why expectations under q are no sums, if so: a continuous site that is drawn (the first is named)."""
+    joint = problem.guided
+    sites = tuple(joint.drawn) if isinstance(joint, IntegratedJoint) else problem.model.structure.continuous
+    return f"'{sites[0]}' is drawn from q" if sites else ""
+
+
+def _points_in_the_way(problem: Problem) -> str:
+    """Why the points of a design do not serve an M-step, if so: no q of a part of the rows, or not all points at once.
+
+    E_q log p(x, z; θ) is compared with that from one point at a time, away from the start of θ and q.
+    """
+    joint = problem.guided
+    if not isinstance(joint, IntegratedJoint):
+        return ""
+    refusal = f"the model does not take many values of '{next(iter(joint.design.meets))}' at once"
+    values, (data, rows) = moved(problem), problem.rows()
+    few, part = probe_rows(problem, FEW_ROWS)
+    with torch.no_grad():
+        try:
+            joint.view_guide(
+                few, values, rows if part.size == rows.size else Rows(part.size, torch.arange(part.size))
+            )
+        except ModelError:
+            return "q runs on all rows only; write pyro.param(…, event_dim=…) inside the data plate"
+        evaluation = joint.evaluate(data, values, rows)
+        entries = max(f.log_prob.numel() for f in evaluation.factors)
+        count = len(next(iter(joint.all_points(data, values, rows).values())))
+        if not is_chunkable(problem) and count * entries > MAX_ENTRIES:
+            return f"its factors have {entries:,} entries at each of {count} points of q"
+        weights = GuideWeights(evaluation.guide_factors, evaluation.variables, evaluation.guide_variables)
+        single = float(expected_log_joint(evaluation, weights, problem.data_plate))
+        try:
+            together = float(weighted_log_joint(problem, values, guided_e_step(problem, values)[0]))
+        except Exception:  # whatever a model raises that was written for one value
+            return refusal
+    eps = torch.finfo(evaluation.factors[0].log_prob.dtype).eps
+    return "" if abs(together - single) <= eps**0.6 * (1 + abs(single)) else refusal
 
 
 def _left(problem: Problem, name: str, why: str) -> MStep:

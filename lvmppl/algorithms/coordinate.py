@@ -193,7 +193,7 @@ class _Trial:
 
     def __init__(self, problem: Problem, sites: Sequence[str], held: Mapping[str, Tensor]) -> None:
         self.problem, self.held, self.reasons = problem, held, dict[str, str]()
-        self.starts = (problem.initial, _moved(problem))
+        self.starts = (problem.initial, moved(problem))
         self.design = Design(
             *_meetings(problem, self._joint(Design(dict.fromkeys(sites, frozenset()))), sites)
         )
@@ -282,7 +282,7 @@ def _far(draw: Tensor, member: Member) -> Tensor:
     return torch.softmax(2.0 * noise, -1) if family == "Dirichlet" else draw
 
 
-def _moved(problem: Problem) -> dict[str, Tensor]:
+def moved(problem: Problem) -> dict[str, Tensor]:
     """The start with everything that is fitted moved a little at random, in unconstrained coordinates."""
     assert problem.guided is not None
     values = dict(problem.initial)
@@ -318,4 +318,4 @@ def _frozen(sets: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(others) for name, others in sets.items()}
 
 
-__all__ = ["bent_site", "plan_e_step"]
+__all__ = ["bent_site", "moved", "plan_e_step"]

@@ -17,7 +17,17 @@ from math import lcm, prod
 from torch import Tensor
 
 from lvmppl.algorithms.conjugate import Member, member_of
-from lvmppl.density import Drawing, Evaluation, Factor, Joint, Rows, SiteView, Values, with_scales
+from lvmppl.density import (
+    Drawing,
+    Evaluation,
+    Factor,
+    HeldJoint,
+    Joint,
+    Rows,
+    SiteView,
+    Values,
+    with_scales,
+)
 from lvmppl.exact.named import Named, align
 
 MAX_POINTS = 256  # points at which a model is run for one expectation
@@ -144,6 +154,19 @@ class IntegratedJoint(Joint):
         each = [self.factors_at(held, data, values, rows, sites) for held in points_of(points)]
         factors = [_mean(own) for own in zip(*(e.factors for e in each), strict=True)]
         return replace(each[0], factors=tuple(factors))
+
+    def all_points(self, data: Values, values: Values, rows: Rows | None = None) -> dict[str, Tensor]:
+        """The points of the design for q at λ, [P, *batch, *event] by site."""
+        return self.design.points(self.design.members(self.view_guide(data, values, rows)[0]))
+
+    def at_all_points(self, data: Values, values: Values, rows: Rows | None = None) -> HeldJoint:
+        """The model with its continuous sites at every point of the design at once, along an axis `POINTS`."""
+        nesting, sites = self.structure.nesting, self.structure.sites
+        points = {}
+        for name, own in self.all_points(data, values, rows).items():
+            missing = nesting - (own.dim() - 1 - len(sites[name].event_shape))
+            points[name] = own.reshape([len(own), *[1] * missing, *own.shape[1:]])
+        return Joint(self.model, self.structure).held(points)
 
     def factors_at(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import transform_to
 
 from lvmppl.algorithms.evidence import is_chunkable
+from lvmppl.algorithms.integrated import IntegratedJoint
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import SPELLINGS, Spelling
 from lvmppl.density import POINTS, Rows, SiteView, Values, isolated, unvalidated
@@ -105,10 +106,17 @@ def probe_indices(total: int, limit: int = PROBE_ROWS) -> Tensor:
 
 
 def held(problem: Problem) -> Problem:
-    """The problem on the rows to probe, its continuous sites at points of their posterior at the start values."""
-    data, _ = probe_rows(problem)
+    """The problem on the rows to probe, its continuous sites at points of their posterior at the start values.
+
+    Of q where this is integrated.
+    """
+    data, rows = probe_rows(problem)
     if not problem.integrates:
         return replace(problem, data=data)
+    if isinstance(problem.guided, IntegratedJoint):
+        index = None if rows.size == problem.num_rows else probe_indices(problem.num_rows, rows.size)
+        model = problem.guided.at_all_points(data, problem.initial, Rows(rows.size, index))
+        return replace(problem, data=data, model=model)
     with torch.no_grad():
         posterior = continuous_posterior(problem.model, data, problem.initial)
     return replace(problem, data=data, model=held_at(problem.model, posterior.layout, posterior.nodes()[0]))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from lvmppl.algorithms.closed_form import ClosedSite
-from lvmppl.algorithms.expected import e_step
+from lvmppl.algorithms.guided_step import planning_e_step
 from lvmppl.algorithms.least_squares import FEW_ROWS, MAX_ENTRIES, Affine, bent, couplings
 from lvmppl.algorithms.plan import Plan, working_dtype
 from lvmppl.algorithms.priors import Parts, is_quadratic, pseudo_statistics
@@ -146,7 +146,7 @@ class Rules:
         if not names:
             return None
         few = replace(self.problem, data=probe_rows(self.problem, FEW_ROWS)[0])
-        _, weights, _ = e_step(few, self.problem.initial)
+        weights, _ = planning_e_step(few, self.problem.initial)
         sizes = {n: self.problem.initial[n].numel() for n in names}
         return Affine(sizes, couplings(few, names, self.problem.initial, weights))
 

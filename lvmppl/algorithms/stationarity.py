@@ -17,7 +17,8 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import chunks
-from lvmppl.algorithms.expected import Weights, e_step, expected_log_joint
+from lvmppl.algorithms.expected import Weights, expected_log_joint
+from lvmppl.algorithms.guided_step import planning_e_step
 from lvmppl.algorithms.m_step import solve_closed
 from lvmppl.algorithms.plan import Plan
 from lvmppl.algorithms.probing import probe_rows
@@ -34,7 +35,7 @@ _ROUNDING = {torch.float64: 1.0, torch.float32: 2e4}  # by how much looser, by d
 
 def not_stationary(problem: Problem, plan: Plan, values: Values) -> dict[str, str]:
     """Closed-form parameters whose gradient does not vanish after one M-step from `values`, with the reason."""
-    _, weights, statistics = e_step(problem, values, plan.sites)
+    weights, statistics = planning_e_step(problem, values, plan.sites)
     solved, floored = solve_closed(problem, plan, values, statistics, weights)
     names = [n for n in plan.closed if n not in floored]
     here = _gradients(problem, solved, weights, plan.closed)
