@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from scipy.special import digamma, gammaln
+from scipy.special import betaln, digamma, gammaln
 from sklearn.datasets import load_iris
 from torch import Tensor
 from torch.distributions import constraints
@@ -485,3 +485,40 @@ def test_closed_forms_are_given_up_where_q_of_a_drawn_site_depends_on_a_draw() -
     assert {s.why for s in fit.e_step if s.site in ("weights", "z")} == {
         "q of 'tilt' depends on what is drawn"
     }
+
+
+@pytest.mark.parametrize(("family", "concentration"), [("beta", 0.1), ("beta", 0.002), ("gamma", 0.002)])
+def test_closed_form_is_given_up_where_points_round_to_a_bound(family: str, concentration: float) -> None:
+    """E log(1 − z) of a Beta(5 + a, a), or E log z of a Gamma(a, 6), is lost in a point that rounds to 1, or to 0."""
+    a = tensor(concentration)[0]
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Beta(a, a) if family == "beta" else dist.Gamma(a, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Bernoulli(z) if family == "beta" else dist.Poisson(z), obs=x)
+
+    x = torch.full((5,), float(family == "beta"), dtype=F64)
+    guide = variational if family == "beta" else heads(z="gamma")
+    fit = lvmppl.fit(model, {"x": x}, algorithm="vem", guide=guide, max_steps=5)
+    exact = betaln(5 + concentration, concentration) - betaln(concentration, concentration)
+    if family == "gamma":
+        exact = -concentration * np.log(6.0)
+    assert fit.e_step[0].how == "gradient" and "near to a bound" in fit.e_step[0].why
+    assert fit.elbo_error > 0
+    assert fit.elbo - 4 * fit.elbo_error < exact
+
+
+@pytest.mark.parametrize("concentration", [0.1, 0.01])
+def test_elbo_of_a_small_concentration_equals_the_evidence(concentration: float) -> None:
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Dirichlet(torch.full((4,), concentration, dtype=F64)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Categorical(z), obs=x)
+
+    with isolated(0, F64):
+        fit = lvmppl.fit(model, {"x": torch.tensor([0, 0, 2, 0, 2])}, algorithm="vem", guide=variational)
+    alpha, counts = np.full(4, concentration), np.array([3, 0, 2, 0])
+    found = gammaln(alpha + counts).sum() - gammaln((alpha + counts).sum())
+    exact = found - gammaln(alpha).sum() + gammaln(alpha.sum())
+    assert fit.e_step[0].how == "closed-form"
+    assert fit.elbo == pytest.approx(exact, abs=1e-10)

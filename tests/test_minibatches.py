@@ -359,11 +359,12 @@ def test_best_restart_of_vem_is_kept() -> None:
             z = pyro.sample("z", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(loc[z], 0.3), obs=x)
 
-    options: dict[str, Any] = {"guide": categorical, "init": "random", "restarts": 3, "max_steps": 4}
-    fit = lvmppl.fit(model, {"x": values(40)}, "vem", **options)
+    options: dict[str, Any] = {"guide": categorical, "init": "random", "restarts": 6, "max_steps": 4}
+    x = values(50) + 4.0 * torch.arange(5).repeat(10)  # three means share five clusters in more than one way
+    fit = lvmppl.fit(model, {"x": x}, "vem", **options)
     best = fit.all_history.groupby("restart")["objective"].max()
-    assert best.nunique() == 3
-    assert fit.restart == best.idxmax()
+    assert best.round(6).nunique() == 2
+    assert best[fit.restart] == pytest.approx(best.max(), rel=1e-12)
     assert fit.elbo >= best.max() and fit.elbo == pytest.approx(
         fit.log_evidence, rel=1e-9
     )  # q ends with an E-step

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.coordinate import bent_site, moved, plan_e_step
+from lvmppl.algorithms.coordinate import moved, plan_e_step, refusal_at, rounded_at
 from lvmppl.algorithms.evidence import is_chunkable
 from lvmppl.algorithms.expected import expected_log_joint as weighted_log_joint
 from lvmppl.algorithms.guide_fields import CONTINUOUS, Block
@@ -64,9 +64,13 @@ class ClosedPhases:
         done = last[0].run(self.sweeps)
         return {n: done[n] for n in self.e.names}
 
-    def bent_site(self, values: Mapping[str, Tensor]) -> str:
-        """A site without a closed form after all after one more E phase, which sees log p where q stands now."""
-        return bent_site(self.e, Sweep(self.e, values).run(self.sweeps)) if self.e.has_points else ""
+    def refusal_at(self, values: Mapping[str, Tensor]) -> str:
+        """Why a site has no closed form after all, after one more E phase, which sees log p where q stands now."""
+        return refusal_at(self.e, Sweep(self.e, values).run(self.sweeps)) if self.e.has_points else ""
+
+    def rounded_at(self, values: Mapping[str, Tensor]) -> str:
+        """Why the expectations of a closed form are lost at these values; empty where they are not."""
+        return rounded_at(self.e, values) if self.e.has_points else ""
 
     def m_phase(self, values: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
         """The θ of closed forms at their maximum given q, and those that a floor holds."""

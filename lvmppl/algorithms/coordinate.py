@@ -30,6 +30,7 @@ from lvmppl.fitted import EStep
 
 _CHECKS = 2  # draws of q at which linearity is looked at
 _FAR = 4  # points farther out of each of them at the end, where bends may be anywhere about q
+_ROUNDED = "q of '{}' comes so near to a bound of its support that E log z is lost to rounding"
 _MOVE = 0.1  # standard deviation of the values beside the start at which it is looked at too
 
 
@@ -240,24 +241,37 @@ class _Trial:
         if max(count * len(member.probes()), len(next(iter(design.points(members).values())))) > MAX_POINTS:
             self.reasons[site] = f"its expectations take more than {MAX_POINTS} points"
             return False
+        if not member.holds_points():
+            self.reasons[site] = _ROUNDED.format(site)
+            return False
         natural = sweep.natural(site)
         draws = _check_points(member)
         found = natural.fits(draws, sweep.gradients(site, draws))
         return found and is_proper(natural.optimum(sweep.scale(site)))
 
 
-def bent_site(plan: CoordinatePlan, values: Mapping[str, Tensor]) -> str:
-    """A site with a closed form in whose statistics log p is not linear about these values; empty where there is none.
+def rounded_at(plan: CoordinatePlan, values: Mapping[str, Tensor]) -> str:
+    """Why the expectations of a closed form are lost at these values; empty where they are not."""
+    members = Sweep(plan, values).members
+    sites = (b.site for b in plan.blocks if b.kind == CONTINUOUS)
+    return next((_ROUNDED.format(s) for s in sites if not members[s].holds_points()), "")
 
-    The start says nothing of a bend that only q as it stands now reaches: a clamp or a kink far away.
+
+def refusal_at(plan: CoordinatePlan, values: Mapping[str, Tensor]) -> str:
+    """Why a site has no closed form about these values after all; empty where all have theirs.
+
+    The start says nothing of a bend that only q as it stands now reaches, a clamp or a kink far away, nor of how near q
+    comes to a bound of its support.
     """
     with isolated(seed=20_029, dtype=torch.get_default_dtype()):
         sweep = Sweep(plan, values)
         for site in (b.site for b in plan.blocks if b.kind == CONTINUOUS):
+            if not sweep.members[site].holds_points():
+                return _ROUNDED.format(site)
             natural, draws = sweep.natural(site), _check_points(sweep.members[site], far=_FAR)
             gradients = sweep.gradients(site, draws)
             if bool(torch.isfinite(gradients).all()) and not natural.fits(draws, gradients):
-                return site
+                return f"log p is not linear in the statistics of '{site}' where q ends"
     return ""
 
 
@@ -318,4 +332,4 @@ def _frozen(sets: Mapping[str, set[str]]) -> dict[str, frozenset[str]]:
     return {name: frozenset(others) for name, others in sets.items()}
 
 
-__all__ = ["bent_site", "moved", "plan_e_step"]
+__all__ = ["moved", "plan_e_step", "refusal_at", "rounded_at"]

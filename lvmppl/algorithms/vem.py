@@ -189,13 +189,20 @@ class _Alternation:
         self._go_on_with(checked)
         return False
 
+    def holds_points(self) -> bool:
+        """Whether a closed form has not just led q to where its expectations are lost; if so it is given up before that."""
+        why = self.closed.rounded_at(self.values()) if not self.noisy else ""
+        if why:
+            self.restore()
+            self._go_on_with(self.closed.without_closed_forms(why))
+        return not why
+
     def is_linear(self) -> bool:
         """Whether log p is linear in the statistics of the closed forms' sites where q ends; if not, they are given up."""
-        site = self.closed.bent_site(self.values()) if not self.noisy else ""
-        if site:
-            why = f"log p is not linear in the statistics of '{site}' where q ends"
+        why = self.closed.refusal_at(self.values()) if not self.noisy else ""
+        if why:
             self._go_on_with(self.closed.without_closed_forms(why))
-        return not site
+        return not why
 
     def _go_on_with(self, checked: ClosedPhases) -> None:
         """Fewer closed forms from here on."""
@@ -283,6 +290,9 @@ def _round(state: _Alternation, trajectory: Trajectory, recovery: Recovery, step
     """Look at the objective, then one E and one M phase; True when the fit is over."""
     estimate = state.objective(step)
     objective = float(estimate.bound)
+    if not math.isfinite(objective) and trajectory.values and not state.holds_points():
+        estimate = state.objective(step)
+        objective = float(estimate.bound)
     if not math.isfinite(objective) and not (step == 0 and state.may_begin_at(objective)):
         raise NotFinite("ELBO")
     recovery.fine()
