@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from discrete_models import Array, log_sum_exp
 from hypothesis import given, settings
@@ -262,3 +264,15 @@ def test_samples_of_random_chains_have_the_frequencies_of_the_paths(chains: Chai
         freedom = int(common.sum()) + int(rest >= 5) - 1
         if freedom > 0:
             assert chi2.sf(statistic, freedom) > 1e-6
+
+
+def test_probe_takes_a_chain_of_one_step_and_one_state() -> None:
+    """No factor has the chain's axis of states then."""
+
+    def model(x: torch.Tensor) -> None:
+        one = torch.ones(1, dtype=torch.float64)
+        z = pyro.sample("z", MarkovChain(one, one.unsqueeze(0), 1), infer={"enumerate": "parallel"})
+        pyro.sample("x", dist.Normal(2.0 * z, 1.0).to_event(1), obs=x)
+
+    post = lvmppl.posterior(model, {"x": torch.tensor([0.3], dtype=torch.float64)})
+    assert post.log_evidence == pytest.approx(-0.045 - 0.5 * math.log(2 * math.pi), rel=1e-12)

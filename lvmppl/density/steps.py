@@ -49,7 +49,7 @@ def check_steps(joint: Joint, data: Values, values: Values, known: Evaluation | 
     pinned = _Pinned(joint.first_available_dim)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), unvalidated():
         first = known or _Probe(joint, pinned, None).evaluate(data, values, rows)
-        meeting = max(len(_chains_of(f, first.variables)) for f in first.factors)
+        meeting = max(1, *(len(_chains_of(f, first.variables)) for f in first.factors))
         paths = partial(sequences, chains=meeting)
         again = _Probe(joint, pinned, paths).evaluate(data, values, rows)
         for before, after in zip(first.factors, again.factors, strict=True):
