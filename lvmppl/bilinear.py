@@ -39,7 +39,7 @@ SMALLEST = 1 << 14  # entries of the broadcast below which a matrix product save
 PIECE = 1 << 18  # entries of T made at once: 2 MiB in float64
 DIGITS_KEPT = 4e5  # largest squared distance from the centre, in variances: 1e-16 of it stays below 1e-10
 
-_LOG_2PI = math.log(2 * math.pi)
+LOG_2PI = math.log(2 * math.pi)
 _LINEAR = (
     dist.Bernoulli,
     dist.Binomial,
@@ -280,7 +280,7 @@ def _whitened(y: Tensor, plan: _Plan, centre: Tensor, root: Tensor, whitener: Te
     size = y.shape[-1]
     shift = (whitener @ (plan.rows(plan.fn.loc, 1).squeeze(1) - centre).unsqueeze(-1)).flatten()  # [P E]
     columns = whitener.reshape(-1, size).T  # [E, P E]
-    constant = -(2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + size * _LOG_2PI) / 2
+    constant = -(2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + size * LOG_2PI) / 2
     result = y.new_empty(len(root), len(y))
     for begin in range(0, len(y), rows := max(1, _CACHED // (len(root) * size))):
         white = (y[begin : begin + rows] @ columns).sub_(shift).square_()
@@ -298,24 +298,29 @@ _CACHED = 2**17  # entries of a piece: 1 MiB
 
 def normal_natural(m: Tensor, precision: Tensor) -> list[Tensor]:
     """[…, 1], […, E], […, E]: −A, τ m and −τ/2 of normals with means m from the centre and precisions τ [..., E]."""
-    constant = (precision.log() - precision * m.square() - _LOG_2PI) / 2
+    constant = (precision.log() - precision * m.square() - LOG_2PI) / 2
     return [constant.sum(-1, keepdim=True), precision * m, -precision / 2]
 
 
 def mvn_natural(m: Tensor, root: Tensor) -> tuple[list[Tensor], Tensor]:
     """−A, Σ⁻¹ m and the entries i ≤ j of −Σ⁻¹/2 (off the diagonal twice), Σ = L Lᵀ; and L⁻¹. m [..., E], L [..., E, E]."""
-    size = m.shape[-1]
-    eye = torch.eye(size, dtype=root.dtype, device=root.device)
-    whitener = torch.linalg.solve_triangular(root, eye, upper=False)
+    size, whitener = m.shape[-1], whitener_of(root)
     precision = whitener.mT @ whitener
     white = (whitener @ m.unsqueeze(-1)).squeeze(-1)
     linear = (whitener.mT @ white.unsqueeze(-1)).squeeze(-1)
     log_det = 2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    constant = -(white.square().sum(-1) + log_det + size * _LOG_2PI) / 2
+    constant = -(white.square().sum(-1) + log_det + size * LOG_2PI) / 2
     upper, weights = _upper(size, m.dtype)
     entries = precision.flatten(-2).index_select(-1, upper) * weights
     entries = entries.expand(*m.shape[:-1], entries.shape[-1])
     return [constant.unsqueeze(-1), linear, entries], whitener
+
+
+def whitener_of(root: Tensor) -> Tensor:
+    """L⁻¹ of lower triangles [..., E, E]."""
+    eye = torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+    inverse: Tensor = torch.linalg.solve_triangular(root, eye, upper=False)
+    return inverse
 
 
 @functools.lru_cache(maxsize=64)

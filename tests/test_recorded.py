@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lvmppl.algorithms.recorded import Recorded
+from lvmppl.algorithms.recorded import Recorded, as_one
 
 Tensors = Mapping[str, Tensor]
 
@@ -97,6 +97,33 @@ def test_recorded_step_refuses_another_branch() -> None:
     found = recorded({"m": torch.full((3,), 0.25)})
     assert found is not None
     torch.testing.assert_close(found["y"], torch.full((3,), 1.25))
+
+
+def test_recorded_part_that_branches_equals_its_function_on_either_way() -> None:
+    ways: list[bool] = []
+
+    def clipped(x: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+        above, result = x > most, x.clone()
+        ways.append(bool(above.any()))
+        if ways[-1]:
+            result[above] = torch.log(x[above])  # as many as there are
+        return result, above
+
+    def step(x: Tensors) -> dict[str, Tensor]:
+        most = torch.tensor(0.9, dtype=torch.float64) * x["s"].amax().clamp_max(1.0)
+        y, above = as_one(clipped, x["m"] * 2.0, 2.0 * most)
+        return {"y": y.sum(0), "above": above.sum((1, 2))}
+
+    recorded = Recorded(step, {**inputs(0), "m": inputs(0)["m"] / 2})
+    assert ways == [False]
+    for scale in (1.0, 0.5, 1.2):
+        own = {**inputs(1), "m": scale * inputs(1)["m"]}
+        found = recorded(own)
+        assert found is not None
+        assert ways[-1] == (scale > 0.5)
+        expected = step(own)
+        torch.testing.assert_close(found["y"], expected["y"], rtol=1e-13, atol=1e-14)
+        assert torch.equal(found["above"], expected["above"])
 
 
 def test_recorded_step_raises_what_its_function_raises() -> None:

@@ -30,7 +30,7 @@ from lvmppl.algorithms.squarem import Expected, Squarem
 from lvmppl.algorithms.start import start_together, start_values
 from lvmppl.algorithms.stationarity import are_looked_up
 from lvmppl.algorithms.statistics import Statistics
-from lvmppl.algorithms.tabulated import Imprecise, Tabulated
+from lvmppl.algorithms.tabulated import Tabulated
 from lvmppl.algorithms.tabulation import tabulate
 from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import Values, unvalidated
@@ -73,9 +73,8 @@ class _Run:
     def _e_step(self, values: Mapping[str, Tensor]) -> Expected:
         """From tables where the whole model is in them, else by running the model."""
         if self.tables is not None:
-            with contextlib.suppress(Imprecise):
-                total, statistics = self.tables.e_step({n: v.unsqueeze(0) for n, v in values.items()})
-                return float(total), [], statistics
+            total, statistics = self.tables.e_step({n: v.unsqueeze(0) for n, v in values.items()})
+            return float(total), [], statistics
         return e_step(self.problem, values, self.plan.sites, keep_weights=self.plan.needs_weights)
 
     def restart(self, number: int) -> Trajectory:
@@ -91,7 +90,7 @@ class _Run:
             return None
         with contextlib.suppress(_NotTheModel):
             done = _Batch(self, self.tables).run()
-            if self._still_holds(_best_of(done).values):
+            if self._is_verified(_best_of(done).values):
                 return done
         self.tables = None
         return None
@@ -199,9 +198,9 @@ class _Run:
         return tuple(found) or updated
 
     def _check_tables(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """That the model still computes what the tables hold: at every step that is a power of 4 (a run of the model
+        """That the model still computes what the tables hold: at the start, at steps 4, 16, 64, … (a run of the model
         costs more than a small step), and wherever a fit ends."""
-        if self.tables is None or step & (step - 1) or (step and not step.bit_length() % 2):
+        if self.tables is None or step == 1 or step & (step - 1) or (step and not step.bit_length() % 2):
             return
         if not are_looked_up(self.problem, self.tables.sites, values):
             raise _NotTheModel
@@ -211,6 +210,9 @@ class _Run:
         if not values:
             return True
         self._check_tables(0, values)
+        return self._is_verified(values)
+
+    def _is_verified(self, values: Mapping[str, Tensor]) -> bool:
         checked = verified(self.problem, self.plan, values)
         same = checked.steps == self.plan.steps
         if not same:
@@ -248,7 +250,7 @@ class _Batch:
             _note_floor(trajectory, raised.floored(restart))
         for step in range(options.max_steps + 1):
             self.run_one._check_tables(step, _picked(values, 0))
-            advanced = self.step(values, len(self.active))
+            advanced = self.step(values)
             keep = self._judge(step, values, advanced.objectives)
             progress.update(step, max(t.objective for t in self.done))
             if not keep or step == options.max_steps:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
+from lvmppl.algorithms.recorded import as_one
 from lvmppl.algorithms.spellings import Spelling, bounds, plain
 
 FLOOR = "floor"
@@ -82,12 +83,19 @@ def _solve_covariance(sums: Sums, old: Tensor) -> tuple[Tensor, Tensor | None]:
     eye = torch.eye(old.shape[-1], dtype=old.dtype)
     covariance = torch.where(filled, (scatter + scatter.mT) / 2 / n, eye)
     least = torch.where(filled, sums.parts[FLOOR].reshape(1, *old.shape[1:]), eye / 2)
-    below = torch.linalg.cholesky_ex(covariance - least)[1] != 0
+    covariance, below = as_one(_at_or_above, covariance, least)
     held = below.reshape(len(below), -1).any(1)
-    if bool(held.any()):
-        covariance = torch.where(below[..., None, None], _raised(covariance, least), covariance)
     solved = sums.spelling.invert(covariance, old)
     return torch.where(filled, solved, old), held
+
+
+def _at_or_above(covariance: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The covariance, raised where it is below the floor; and where that is."""
+    result, least = covariance.clone(), least.expand_as(covariance)
+    below = torch.linalg.cholesky_ex(covariance - least)[1] != 0
+    if bool(below.any()):
+        result[below] = _raised(covariance[below], least[below])
+    return result, below
 
 
 def _raised(covariance: Tensor, least: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ then repeats only the operations that depend on the inputs, each writing to the 
 of that memory stay as they are. On the CPU numpy does so with less ado than torch.
 
 Where the function looked at a number (`bool(x.any())`), the number is looked at again: if it differs, the recording does
-not hold at these inputs and the function must be run itself.
+not hold at these inputs and the function must be run itself. A part that is expected to branch is recorded `as_one`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from lvmppl.density.dispatch import EagerMode
 
@@ -45,6 +46,19 @@ class _Tape(EagerMode):
         return result
 
 
+_tapes: list[_Tape] = []  # that run now
+
+
+def as_one(function: Callable[..., tuple[Tensor, ...]], *args: Tensor) -> tuple[Tensor, ...]:
+    """`function(*args)`, new tensors, which a recording repeats as a whole: it may branch otherwise every time."""
+    if not _tapes:
+        return function(*args)
+    with torch._C._DisableTorchDispatch():
+        result = function(*args)
+    _tapes[-1].operations.append((function, args, {}, result))
+    return result
+
+
 class Recorded:
     """`function` at inputs of these shapes: called with others of the same shapes it repeats what it did.
 
@@ -54,8 +68,12 @@ class Recorded:
     def __init__(self, function: Step, inputs: Mapping[str, Tensor]) -> None:
         self._inputs = {n: v.detach().clone() for n, v in inputs.items()}
         tape = _Tape()
-        with torch.no_grad(), tape:
-            self._outputs = function(self._inputs)
+        _tapes.append(tape)
+        try:
+            with torch.no_grad(), tape:
+                self._outputs = function(self._inputs)
+        finally:
+            _tapes.pop()
         repeated = list(_repeated(tape.operations, self._inputs.values()))
         made = (t.numel() for *_, result in repeated for t in _tensors(result))
         self.largest = max(made, default=0)
@@ -94,7 +112,7 @@ def _repeated(operations: Sequence[tuple[Any, ...]], inputs: Iterable[Tensor]) -
 
 
 def _writes_first(func: Any) -> bool:
-    return bool(func._schema.is_mutable)
+    return isinstance(func, OpOverload) and bool(func._schema.is_mutable)
 
 
 def _memory(tensor: Tensor) -> int:
@@ -111,7 +129,7 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Call:
     """The operation again, into the memory of its result."""
-    name = str(func.overloadpacket).removeprefix("aten.").rstrip("_")
+    name = str(func.overloadpacket).removeprefix("aten.").rstrip("_") if isinstance(func, OpOverload) else ""
     if isinstance(result, Tensor) and not kwargs and name in _NUMPY:
         arrays = [_array(a) for a in args]
         if all(a is not NotImplemented for a in arrays) and _same_dtype(args, result):

@@ -19,10 +19,11 @@ from lvmppl.algorithms.statistics import (
     Statistics,
     contract,
 )
-from lvmppl.bilinear import mvn_natural, normal_natural, packed_outer
+from lvmppl.bilinear import LOG_2PI, mvn_natural, normal_natural, packed_outer, whitener_of
 from lvmppl.density import Values, time_axis
+from lvmppl.exact import named as named_tensors
 from lvmppl.exact.named import Named, align, union
-from lvmppl.exponential import CATEGORY, ROW, Reading
+from lvmppl.exponential import CATEGORY, COLUMN, ROW, Reading
 from lvmppl.families import safe_log
 
 STATISTIC = "·t"
@@ -80,46 +81,92 @@ def times_design(natural: Named, design: Named) -> Named:
     return Named(result.reshape([*h.shape[:-1], *t.shape[1:]]), (*natural.dims[:-1], *design.dims[1:]))
 
 
+class _Fields:
+    """The fields of a site [R, *batch of the fields, width], in the order of a value's flattened events."""
+
+    def __init__(
+        self, site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values
+    ) -> None:
+        events, sizes = events_of(reading), {**site.sizes, **inner_sizes}
+        inner = tuple(d for d in events if d in sizes)
+        self.batch = tuple(d for d in site.keep if d not in events)
+        self.dims = (RESTART, *self.batch, *inner)
+        restarts = len(next(iter(values.values())))
+        self._shape = [restarts, *(sizes[d] for d in (*self.batch, *inner))]
+        self._site, self._values = site, values
+
+    def flat(self, key: str) -> Tensor:
+        return self._flat(self._site.field(key, self._values))
+
+    def shift(self) -> Tensor:
+        """Locations less the reference."""
+        assert self._site.reference is not None
+        return self.flat("loc") - self._flat(self._site.reference)
+
+    def root(self) -> Tensor:
+        """L of Σ = L Lᵀ [R, *batch, width, width]."""
+        covariance = align(self._site.field("covariance", self._values), (*self.dims, COLUMN))
+        root: Tensor = torch.linalg.cholesky(covariance)
+        return root
+
+    def _flat(self, named: Named) -> Tensor:
+        return align(named, self.dims).expand(self._shape).reshape(*self._shape[: 1 + len(self.batch)], -1)
+
+
 def natural_of(
     site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values
 ) -> tuple[Named, Tensor | None]:
     """H [R, *batch of the fields, ·t], in the order of the design's rows, and of locations the precisions (of a matrix
     its diagonal) that the squares of x − r meet, [R, *batch, width]."""
-    events = events_of(reading)
-    restarts = len(next(iter(values.values())))
-    sizes = {**site.sizes, **inner_sizes}
-    inner = tuple(d for d in events if d in sizes)
-    batch = tuple(d for d in site.keep if d not in events)
-    dims = (RESTART, *batch, *inner)
-    shape = [restarts, *(sizes[d] for d in batch), *(sizes[d] for d in inner)]
-
-    def at(named: Named) -> Tensor:
-        return align(named, dims).expand(shape)
-
-    def flat(tensor: Tensor) -> Tensor:
-        return tensor.reshape(*shape[: 1 + len(batch)], -1)
-
+    fields = _Fields(site, reading, inner_sizes, values)
     sharpness = None
     if reading.kind == "normal":
-        assert site.reference is not None
-        m = at(site.field("loc", values)) - at(site.reference)
-        sharpness = flat(at(site.field("precision", values)))
-        rows = normal_natural(flat(m), sharpness)
+        sharpness = fields.flat("precision")
+        rows = normal_natural(fields.shift(), sharpness)
     elif reading.kind == "mvn":
-        assert site.reference is not None
-        m = at(site.field("loc", values)) - at(site.reference)
-        covariance = align(site.field("covariance", values), (*dims, "·j"))
-        rows, whitener = mvn_natural(m, torch.linalg.cholesky(covariance))
+        rows, whitener = mvn_natural(fields.shift(), fields.root())
         sharpness = whitener.square().sum(-2)
     elif reading.kind == "beta":
-        p = at(site.field("probs", values))
-        rows = [flat(safe_log(p)), flat(safe_log(1 - p))]
+        p = fields.flat("probs")
+        rows = [safe_log(p), safe_log(1 - p)]
     elif reading.kind == "gamma":
-        rate = at(site.field("rate", values))
-        rows = [flat(safe_log(rate)), flat(-rate)]
+        rate = fields.flat("rate")
+        rows = [safe_log(rate), -rate]
     else:
-        rows = [flat(safe_log(at(site.field("probs", values))))]
-    return Named(torch.cat(rows, -1), (RESTART, *batch, STATISTIC)), sharpness
+        rows = [safe_log(fields.flat("probs"))]
+    return Named(torch.cat(rows, -1), (RESTART, *fields.batch, STATISTIC)), sharpness
+
+
+def by_distances(
+    site: ClosedSite, reading: Reading, inner_sizes: Mapping[str, int], values: Values, design: Named
+) -> Named:
+    """The factor of a location by −½ |L⁻¹ (x − r) − L⁻¹ (μ − r)|²: only the digits of x, not of its square, are lost.
+
+    For that it takes R × K × D numbers a row, where H T takes R × K.
+    """
+    fields = _Fields(site, reading, inner_sizes, values)
+    m, data = fields.shift(), design.dims[1:]
+    width = m.shape[-1]
+    lone = tuple(d for d in data if d not in fields.batch)
+    dims = (RESTART, *fields.batch, ROW, *lone)
+
+    def at(tensor: Tensor) -> Tensor:
+        return align(Named(tensor, (RESTART, *fields.batch, ROW)), dims)
+
+    y = Named(design.tensor[1 : 1 + width], (ROW, *data))
+    if reading.kind == "normal":
+        precision = fields.flat("precision")
+        constant = (precision.log() - LOG_2PI).sum(-1, keepdim=True)
+        square = (align(y, dims) - at(m)).square() * at(precision)
+    else:
+        root = fields.root()
+        whitener = whitener_of(root)
+        own = Named(whitener, (RESTART, *fields.batch, ROW, COLUMN))
+        white = named_tensors.contract((own, Named(y.tensor, (COLUMN, *data))), dims)
+        constant = -2 * root.diagonal(dim1=-2, dim2=-1).log().sum(-1, keepdim=True) - width * LOG_2PI
+        square = (white - at((whitener @ m.unsqueeze(-1)).squeeze(-1))).square()
+    axis = 1 + len(fields.batch)
+    return Named((at(constant).squeeze(axis) - square.sum(axis)) / 2, tuple(d for d in dims if d != ROW))
 
 
 def looked_up(site: ClosedSite, reading: Reading, labels: Labels, values: Values, led: bool) -> Named:

@@ -12,6 +12,7 @@ from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.density import Variable
 from lvmppl.exponential import Reading
 
+SMALL = 2**17  # entries of a step's largest tensors up to which preparing the operations costs what they cost
 _ENTRIES = 2**20  # of the design matrix and the factors of one piece: 8 MiB in float64
 
 

@@ -10,8 +10,9 @@ Shapes: R restarts, K states, N rows of a piece, `·t` statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -23,10 +24,12 @@ from lvmppl.algorithms.statistics import (
     Statistics,
     add_statistics,
     label_sums,
+    of_restarts,
     stacked,
 )
 from lvmppl.algorithms.table_factors import (
     as_statistics,
+    by_distances,
     design_of,
     looked_up,
     natural_of,
@@ -34,21 +37,13 @@ from lvmppl.algorithms.table_factors import (
     times_design,
     unled,
 )
-from lvmppl.algorithms.table_rows import entries_of_a_row, rows_of_a_piece, some_rows
+from lvmppl.algorithms.table_rows import SMALL, entries_of_a_row, rows_of_a_piece, some_rows
 from lvmppl.density import Factor, Values, Variable
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.named import Named, add, align, exp_, union
 from lvmppl.exponential import Reading
 
 _PRECISE = 1e6  # largest squared distance from the reference, in variances, at which squares may be expanded
-
-
-class Imprecise(Exception):
-    """Expanding squares would lose too many digits at the parameters of these restarts [R]."""
-
-    def __init__(self, restarts: Tensor) -> None:
-        super().__init__()
-        self.restarts = restarts
 
 
 @dataclass(frozen=True)
@@ -89,18 +84,36 @@ class Tabulated:
     def e_step(self, values: Values) -> tuple[Tensor, dict[str, Statistics]]:
         """log p(x; θ) of each restart [R] and the expected statistics; values: [R, *shape].
 
-        Raises:
-            Imprecise: a variance is so small against the distances between locations that digits would be lost.
+        Where expanding squares would lose digits, because a variance is small against the distances between locations,
+        and on little data, where it saves nothing, squares of distances are taken instead.
         """
         restarts = len(next(iter(values.values())))
         if restarts > 1 and self.has_chains:  # a chain's kernel wants one transition for all sequences
-            each = [self.e_step(one_of(values, r)) for r in range(restarts)]
-            totals = torch.cat([t for t, _ in each])
-            return totals, {n: stacked([own[n] for _, own in each]) for n in each[0][1]}
-        natural = self._naturals(values, restarts)
+            return _joined([self.e_step(one_of(values, r)) for r in range(restarts)])
+        if self.is_one_piece and self.distances(restarts) <= SMALL:
+            return self._pass(values, self._naturals(values, expanded=False)[0], restarts)
+        natural, coarse = self._naturals(values)
+        if coarse is None or not bool(coarse.any()):
+            return self._pass(values, natural, restarts)
+        parts = []
+        fine, alone = (torch.nonzero(where).flatten() for where in (~coarse, coarse))
+        if len(fine):
+            parts.append(self.e_step({n: v.index_select(0, fine) for n, v in values.items()}))
+        for restart in alone.tolist():
+            own = one_of(values, restart)
+            parts.append(self._pass(own, self._naturals(own, expanded=False)[0], 1))
+        total, statistics = _joined(parts)
+        back = torch.cat([fine, alone]).argsort()
+        return total[back], {n: of_restarts(s, back) for n, s in statistics.items()}
+
+    def _pass(
+        self, values: Values, natural: Mapping[str, Named], restarts: int
+    ) -> tuple[Tensor, dict[str, Statistics]]:
+        """Over the data, piece by piece; sites whose natural parameters are wanting by distances."""
         statistics: dict[str, Statistics] = {}
         total: Tensor | None = None
-        for piece in self.pieces(restarts):
+        wide = max([1, *(self._width(s) for s in self.sites if s.name not in natural)])
+        for piece in self.pieces(restarts * wide):
             part, own = self._visit(values, natural, piece, restarts)
             total = part if total is None else total + part
             for name, s in own.items():
@@ -116,6 +129,16 @@ class Tabulated:
     def entries(self, restarts: int) -> int:
         """Of the design matrix and the factors of the whole data."""
         return self.total * entries_of_a_row(self.sites, self.readings, self.variables, self.total, restarts)
+
+    def distances(self, restarts: int) -> int:
+        """Numbers that squared distances of the whole data from all locations are the sums of."""
+        states = (prod(self.variables[d].size for d in s.keep if d in self.variables) for s in self.sites)
+        wide = (self._width(s) * k for s, k in zip(self.sites, states, strict=True))
+        return self.total * restarts * max(wide, default=0)
+
+    def _width(self, site: ClosedSite) -> int:
+        """Entries of a value with a location, 0 of another."""
+        return 0 if site.reference is None else prod(self.inner[site.name].values())
 
     def _step(self, restarts: int) -> int:
         """Rows of a piece."""
@@ -157,20 +180,26 @@ class Tabulated:
         """Whether the site has a design matrix; labels of categories are looked up instead."""
         return not self.readings[site.name].labels
 
-    def _naturals(self, values: Values, restarts: int) -> dict[str, Named]:
+    def _naturals(self, values: Values, expanded: bool = True) -> tuple[dict[str, Named], Tensor | None]:
+        """H of every site with a design matrix, and which restarts [R] it is too coarse for.
+
+        expanded: whether to have those of locations too.
+        """
         result = {}
         coarse: Tensor | None = None
         for site in self.sites:
-            if not self._is_designed(site):
+            if not self._is_designed(site) or not (expanded or site.reference is None):
                 continue
             named, sharpness = natural_of(site, self.readings[site.name], self.inner[site.name], values)
             if sharpness is not None:
                 own = ~(self._lost(site, sharpness) <= _PRECISE)
                 coarse = own if coarse is None else coarse | own
-            result[site.name] = named if restarts > 1 else unled(named)
-        if coarse is not None and bool(coarse.any()):
-            raise Imprecise(coarse)
-        return result
+            result[site.name] = self._led(named)
+        return result, coarse
+
+    def _led(self, named: Named) -> Named:
+        """Of one restart, without its axis."""
+        return unled(named) if len(named.tensor) == 1 else named
 
     def _lost(self, site: ClosedSite, sharpness: Tensor) -> Tensor:
         return (sharpness * self.farthest[site.name]).sum(-1).reshape(len(sharpness), -1).amax(1)
@@ -192,6 +221,9 @@ class Tabulated:
             name = site.name
             if name in natural:
                 factor = times_design(natural[name], piece.designs[name])
+            elif name in piece.designs:
+                reading, inner = piece.readings[name], self.inner[name]
+                factor = self._led(by_distances(site, reading, inner, values, piece.designs[name]))
             else:
                 factor = looked_up(site, piece.readings[name], piece.labels[name], values, restarts > 1)
             mask = piece.masks[name]
@@ -274,6 +306,14 @@ def _single(
         kept = tuple(d for i, d in enumerate(dims) if i not in axes)
         q[name] = Named(weights.sum(axes), kept) if axes else whole
     return log_evidence, q
+
+
+def _joined(
+    parts: Sequence[tuple[Tensor, Mapping[str, Statistics]]],
+) -> tuple[Tensor, dict[str, Statistics]]:
+    """The E-steps of some restarts after those of others."""
+    totals = torch.cat([t for t, _ in parts])
+    return totals, {n: stacked([own[n] for _, own in parts]) for n in parts[0][1]}
 
 
 def one_of(values: Values, restart: int) -> dict[str, Tensor]:
