@@ -136,12 +136,23 @@ def aligned_posterior(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame,
 
     Returns the frame and the sentence that says what was left out (empty if nothing was).
     """
+    shown, note = _shown_posterior(tables)
+    reference = reference_fit(tables["summary"]) or ""
+    return with_labels(shown, align_labels(shown, reference)), note
+
+
+def drawn_data(tables: Mapping[str, pd.DataFrame]) -> list[int]:
+    """The data that a picture of components shows, ascending: those of sites with one state a datum."""
+    shown, _ = _shown_posterior(tables)
+    local = shown.loc[shown["state"].notna() & (shown["position"] == ""), "datum"]
+    return sorted(int(datum) for datum in local.dropna().unique())
+
+
+def _shown_posterior(tables: Mapping[str, pd.DataFrame]) -> tuple[pd.DataFrame, str]:
     fits = tables["gaps"]["fit"].unique()
     worst = (
         pd.concat([worst_data(tables["gaps"], fit)["datum"] for fit in fits])
         if len(fits)
         else pd.Series(dtype="Int64")
     )
-    shown, note = thin_out(tables["posterior"], keep=worst.astype(np.int64))
-    reference = reference_fit(tables["summary"]) or ""
-    return with_labels(shown, align_labels(shown, reference)), note
+    return thin_out(tables["posterior"], keep=worst.astype(np.int64))

@@ -11,13 +11,14 @@ from lvmppl.algorithms.problem import Problem, Progress, Silent
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError
 from lvmppl.fitted import Fit
-from lvmppl.running import writing
 from lvmppl.running.checking import check
 from lvmppl.running.fitting import run_fits
 from lvmppl.running.folder import publish, require_ours, staged
+from lvmppl.running.pages import write_pages
 from lvmppl.running.preparation import Plan, build_all, fit_order, prepare, torch_dtype
+from lvmppl.running.record import MARKS
 from lvmppl.running.results import Run, collect
-from lvmppl.running.writing import patient
+from lvmppl.running.writing import make_record, patient, write_record
 from lvmppl.spec import open_experiment, to_yaml
 
 __all__ = ["Interrupted", "Run", "check", "run"]
@@ -49,7 +50,7 @@ def run(
     """
     loaded, base, document = open_experiment(experiment, overrides)
     directory = Path(out) if out is not None else Path("runs") / loaded.name
-    require_ours(directory)
+    require_ours(directory, MARKS)
     with isolated(derive_seed(loaded.seed, "run"), torch_dtype(loaded)):
         with document.located():
             plan = prepare(loaded, base, smoke)
@@ -78,14 +79,15 @@ def _deliver(
         Interrupted: it has been interrupted; says what is kept.
         InputError: the folder cannot be written.
     """
-    text, without = to_yaml(plan.experiment), ""
+    without = ""
     try:
         with patient() as pressed:
             result = collect(plan, fits, failures, directory)
             frames = {name: getattr(result, name) for name in tables.SCHEMAS}
-            environment = writing.write_record(staging, frames, result.fits, text)
+            record = make_record(frames, plan.dataset, to_yaml(plan.experiment))
+            write_record(staging, record, result.fits)
         at = "the writing of the tables" if pressed else at
-        problems, cut = writing.write_pages(staging, frames, plan.dataset, environment, text)
+        problems, cut = write_pages(staging, record)
         if cut:
             at, without = at or "the drawing of the pictures", ", without the pictures"
         with patient():

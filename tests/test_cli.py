@@ -23,7 +23,9 @@ from typer.testing import CliRunner, Result
 
 from lvmppl import cli
 from lvmppl.catalogue import GUIDES, MODELS, SOURCES
+from lvmppl.progress import Bars, progress_bars, progress_columns
 from lvmppl.spec import shipped_experiments
+from lvmppl.terminal import WIDTH, summary_table
 
 ROWS = "a,b,label\n" + "".join(f"{i * 0.7 % 3:.3f},{(i * i) % 5 + i / 9:.3f},n{i}\n" for i in range(12))
 EXPERIMENT = """\
@@ -880,16 +882,16 @@ def test_summary_table_breaks_names_between_their_words_only(tested: bool, width
     assert ("test" in words) == tested and sum(line.count("-12345.6789") for line in lines) == len(columns)
 
 
-def printed(summary: pd.DataFrame, width: int = cli.WIDTH) -> list[str]:
+def printed(summary: pd.DataFrame, width: int = WIDTH) -> list[str]:
     stream = io.StringIO()
-    Console(file=stream, width=width, highlight=False).print(cli.summary_table(summary, width))
+    Console(file=stream, width=width, highlight=False).print(summary_table(summary, width))
     return stream.getvalue().splitlines()
 
 
-def bars(stream: io.StringIO) -> tuple[Progress, cli.Bars]:
+def bars(stream: io.StringIO) -> tuple[Progress, Bars]:
     console = Console(file=stream, force_terminal=True, width=100, _environ={})
-    progress = cli.progress_columns(console)
-    return progress, cli.Bars(progress)
+    progress = progress_columns(console)
+    return progress, Bars(progress)
 
 
 def test_bars_show_fit_step_objective_rate_and_status() -> None:
@@ -954,10 +956,10 @@ def test_bars_are_drawn_at_most_ten_times_a_second() -> None:
 
 
 def test_no_bars_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    with cli._progress(quiet=False) as shown:
+    with progress_bars(quiet=False) as shown:
         assert shown is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with cli._progress(quiet=True) as shown:
+    with progress_bars(quiet=True) as shown:
         assert shown is None
-    with cli._progress(quiet=False) as shown:
-        assert isinstance(shown, cli.Bars)
+    with progress_bars(quiet=False) as shown:
+        assert isinstance(shown, Bars)

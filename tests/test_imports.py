@@ -17,7 +17,11 @@ ROOT = Path(__file__).parent.parent
 HEAVY = "torch pyro pandas"
 PARTS: dict[str, tuple[str, str, str]] = {
     "face": ("lvmppl", "errors results distributions inference runner", ""),
-    "cli": ("lvmppl.__main__ lvmppl.cli", "errors spec catalogue scaffold runner cli", "torch pyro yaml"),
+    "cli": (
+        "lvmppl.__main__ lvmppl.cli lvmppl.terminal lvmppl.progress",
+        "errors spec catalogue scaffold runner cli",
+        "torch pyro yaml",
+    ),
     "scaffold": ("lvmppl.scaffold", "errors options", HEAVY),
     "runner": (
         "lvmppl.runner lvmppl.running lvmppl.running.*",

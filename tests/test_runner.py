@@ -90,7 +90,10 @@ def test_folder_holds_what_the_contract_lists(first: lvmppl.Run) -> None:
         for t in ("summary", "history", "parameters", "posterior", "gaps")
         for end in ("csv", "parquet")
     }
-    assert names == tables | {"experiment.yaml", "environment.json", "report.html", "plots"}
+    assert names == tables | {"experiment.yaml", "environment.json", "report.html", "plots"} | {
+        "data.json",
+        "data.parquet",
+    }
     assert len(list((first.directory / "plots").glob("*.png"))) >= 4
 
 

@@ -6,17 +6,17 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from lvmppl.errors import InputError
 
-_MARKS = ("experiment.yaml", "environment.json")  # what makes a folder a run
 
-
-def require_ours(directory: Path) -> None:
+def require_ours(directory: Path, marks: Sequence[str]) -> None:
     """Refuse a folder that is not ours to replace, or not ours to write; nothing is created.
+
+    marks: the files that an earlier one of the same sort has.
 
     Raises:
         InputError: it is a file, lies below one, holds other files, or may not be written.
@@ -25,7 +25,7 @@ def require_ours(directory: Path) -> None:
         raise _refused(directory, "a folder", "a file")
     if directory.exists():
         entries = list(directory.iterdir())
-        if entries and not all((directory / mark).exists() for mark in _MARKS):
+        if entries and not all((directory / mark).exists() for mark in marks):
             raise _refused(directory, "a new folder or one of an earlier run", "a folder with other files")
     above = _existing(directory.absolute().parent)
     if not above.is_dir():

@@ -1,14 +1,12 @@
-"""What a run writes into its folder: the tables and what they were made from first, then pictures and the report."""
+"""What a run writes into its folder before its pictures: the tables, and what they were made from."""
 
 from __future__ import annotations
 
-import json
 import platform
-import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -17,8 +15,11 @@ from typing import Any
 import pandas as pd
 import torch
 
-from lvmppl import data, plots, report, tables
+from lvmppl import data
+from lvmppl.align import drawn_data
+from lvmppl.data.fingerprint import fingerprint
 from lvmppl.fitted import Fit
+from lvmppl.running.record import Record
 
 LARGE_PARAMETER = 10_000  # entries beyond which a tensor goes to parameters.safetensors
 
@@ -44,14 +45,9 @@ def patient() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def write_record(
-    directory: Path, frames: Mapping[str, pd.DataFrame], fits: Mapping[str, Fit], experiment_text: str
-) -> dict[str, Any]:
-    """Everything but pictures and report; returns what was recorded of the environment."""
-    (directory / "experiment.yaml").write_text(experiment_text, encoding="utf-8")
-    environment = _environment()
-    (directory / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    tables.write_tables(directory, frames)
+def write_record(directory: Path, record: Record, fits: Mapping[str, Fit]) -> None:
+    """Everything but pictures and report."""
+    record.write(directory)
     large = {
         f"{name}/{p}": v.contiguous().clone()
         for name, fit in fits.items()
@@ -62,54 +58,34 @@ def write_record(
         from safetensors.torch import save_file
 
         save_file(large, str(directory / "parameters.safetensors"))
-    return environment
 
 
-def write_pages(
-    directory: Path,
-    frames: Mapping[str, pd.DataFrame],
-    dataset: data.Dataset,
-    environment: Mapping[str, Any],
-    experiment_text: str,
-) -> tuple[list[str], bool]:
-    """Pictures and report; (what could not be made, a line each, and whether Ctrl-C left the pictures out).
-
-    No picture is worth the numbers: one that fails is left out.
-    """
-    problems: list[str] = []
-    pictures: list[Path] = []
-    interrupted = False
-
-    def failed(name: str, error: Exception) -> None:
-        problems.append(f"picture {name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
-
-    try:
-        pictures = plots.draw_all(frames, data_frame(dataset), directory / "plots", failed)
-    except KeyboardInterrupt:
-        interrupted = True
-        shutil.rmtree(directory / "plots", ignore_errors=True)  # the last one may be half a file
-    except Exception as error:
-        failed("plots", error)
-    try:
-        report.write_report(directory, frames, pictures, environment, experiment_text, dataset.vocabulary)
-    except Exception as error:
-        failed("report.html", error)
-    return problems, interrupted
+def make_record(frames: Mapping[str, pd.DataFrame], dataset: data.Dataset, experiment: str) -> Record:
+    """The tables of a run with what is recorded of experiment, machine and data."""
+    about = {
+        "source": dataset.name,
+        "rows": dataset.num_rows,
+        "test_rows": len(dataset.test_rows),
+        "sha256": fingerprint(dataset),
+        "vocabulary": list(dataset.vocabulary),
+    }
+    return Record(frames, experiment, _environment(), about, shown_features(dataset, drawn_data(frames)))
 
 
-def data_frame(dataset: data.Dataset) -> pd.DataFrame:
-    """The numeric features of the training rows, one column each, for scatter plots."""
+def shown_features(dataset: data.Dataset, rows: Sequence[int]) -> pd.DataFrame:
+    """The numeric features of some training rows, one column each, for scatter plots; indexed by datum."""
     columns: dict[str, Any] = {}
-    for name, tensor in dataset.tensors.items():
+    index = torch.as_tensor(rows, dtype=torch.int64)
+    for name, tensor in dataset.tensors.items() if len(rows) else ():
         if not tensor.is_floating_point() or tensor.dim() > 2:
             continue
-        names = dataset.columns.get(name, ())
-        if tensor.dim() == 1:
-            columns[f"{name}.{names[0]}" if names else name] = tensor.double().numpy()
+        names, values = dataset.columns.get(name, ()), tensor[index].numpy()
+        if values.ndim == 1:
+            columns[f"{name}.{names[0]}" if names else name] = values
         else:
-            for i in range(tensor.shape[1]):
-                columns[f"{name}.{names[i] if i < len(names) else i}"] = tensor[:, i].double().numpy()
-    return pd.DataFrame(columns, index=pd.RangeIndex(dataset.num_rows, name="datum"))
+            for i, column in enumerate(values.T):
+                columns[f"{name}.{names[i] if i < len(names) else i}"] = column
+    return pd.DataFrame(columns, index=pd.Index(index.numpy(), name="datum"))
 
 
 def _environment() -> dict[str, Any]:
