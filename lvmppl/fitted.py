@@ -80,6 +80,7 @@ class Fit:
     )  # of θ, on request; NaN: there is none
     guide_buffers: Mapping[str, Tensor] = field(default_factory=dict)  # what a guide module holds besides λ
     sampled: SampledPosterior | None = None  # draws of the posterior at θ: of mcmc, or a run's reference
+    compiled: str = ""  # of EM and variational EM: whether steps run the model function
     estimators: str = ""  # of a fit with a guide: how the gradient of λ came about, site by site
 
     def __repr__(self) -> str:

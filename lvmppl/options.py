@@ -7,9 +7,9 @@ is no number, a float no whole number).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 
 from lvmppl.errors import InputError, InputErrors
 from lvmppl.settings import (
@@ -29,6 +29,7 @@ __all__ = [
     "ALGORITHMS",
     "Annealing",
     "CallableSpec",
+    "Compile",
     "EMOptions",
     "EnumerationOptions",
     "ExactOptions",
@@ -48,6 +49,7 @@ __all__ = [
     "unknown_algorithm",
 ]
 
+Compile = Literal["auto", "always", "never"]
 Optimizer = Literal[
     "lbfgs",
     "adam",
@@ -77,11 +79,25 @@ class CallableSpec(Frozen):
 class Options(Frozen):
     """What every algorithm takes.
 
-    compile: `auto` is decided before the first step, never switched within a fit.
+    compile: whether steps repeat recorded arithmetic in the place of running the model function; `auto` is decided before
+    the first step, never switched within a fit.
     """
 
+    records: ClassVar[bool] = False
+    """Whether the algorithm has steps that can be recorded."""
+
     algorithm: str
-    compile: Literal["auto", "always", "never"] = "auto"
+    compile: Compile = "auto"
+
+    @field_validator("compile")
+    @classmethod
+    def _is_recorded(cls, value: Compile) -> Compile:
+        if value == "always" and not cls.records:
+            name = cls.model_fields["algorithm"].default
+            raise ValueError(
+                f"auto or never ({name} runs the model function in every step: it has nothing to record)"
+            )
+        return value
 
     @classmethod
     def known(cls) -> list[str]:
@@ -197,6 +213,7 @@ class EMOptions(ExactOptions):
     acceleration: `squarem` extrapolates every second update, where that does not lower the objective.
     """
 
+    records: ClassVar[bool] = True
     algorithm: Literal["em"] = "em"
     m_steps: Count = 20
     acceleration: Literal["none", "squarem"] = "none"
@@ -209,6 +226,7 @@ class VEMOptions(VariationalOptions):
     sites counts as one update; its global sites have one a round.
     """
 
+    records: ClassVar[bool] = True
     algorithm: Literal["vem"] = "vem"
     e_step: Literal["auto", "gradient"] = "auto"
     m_step: Literal["auto", "gradient"] = "auto"

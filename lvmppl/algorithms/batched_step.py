@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -30,15 +31,16 @@ class Advanced:
 class BatchedStep:
     """θ [R, *shape] → log p(x; θ) and the next θ; on little data recorded once for each R and repeated."""
 
-    def __init__(self, problem: Problem, plan: Plan, tables: Tabulated) -> None:
+    def __init__(self, problem: Problem, plan: Plan, tables: Tabulated, whatever_size: bool = False) -> None:
         self._problem, self._plan, self._tables = problem, plan, tables
+        self._largest = math.inf if whatever_size else SMALL
         self._recorded: Recorded | None = None
         self._restarts = self._recordings = self._otherwise = 0
 
     def is_recorded(self, restarts: int) -> bool:
         """Whether steps of this many restarts are small enough, so that a change of their number costs a recording."""
         tables = self._tables
-        return not tables.has_chains and tables.is_one_piece and tables.entries(restarts) <= SMALL
+        return not tables.has_chains and tables.is_one_piece and tables.entries(restarts) <= self._largest
 
     def __call__(self, values: Mapping[str, Tensor]) -> Advanced:
         found = self._replayed(values) or self._whole(values)

@@ -15,6 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lvmppl.algorithms.compilation import not_compiled
 from lvmppl.algorithms.coordinate import moved, plan_e_step, refusal_at, rounded_at
 from lvmppl.algorithms.evidence import is_chunkable
 from lvmppl.algorithms.expected import expected_log_joint as weighted_log_joint
@@ -81,6 +82,13 @@ class ClosedPhases:
         solved, floored = solve_closed(self.problem, self.m, theta, statistics, weights)
         return {n: solved[n] for n in self.m.closed}, floored
 
+    @property
+    def compiled(self) -> str:
+        """How E_q log p comes about in the E-steps, where they have it."""
+        if not self.e.has_points or not self.kept:
+            return ""
+        return "repeat recorded E_q log p" if self.kept[0].is_recorded else "run the model for E_q log p"
+
     def checked(self, values: Mapping[str, Tensor]) -> ClosedPhases:
         """Less what does not hold at these values."""
         return replace(self, m=verified(self.problem, self.m, values))
@@ -145,6 +153,10 @@ def closed_phases(problem: Problem, options: VEMOptions) -> ClosedPhases:
     elif options.kl_weight != 1.0 or options.free_bits:
         refusal = "the KL is weighted"
     e = plan_e_step(problem, refusal or ("e_step: gradient" if options.e_step == "gradient" else ""))
+    if options.compile == "always" and not e.has_points:
+        why = refusal or "q has no continuous site with a closed form"
+        raise not_compiled(problem, f"{why}: there are no expectations to record")
+    e = replace(e, compile=options.compile)
     refusal = refusal or ("m_step: gradient" if options.m_step == "gradient" else "")
     return ClosedPhases(e, _plan_m_phase(e.problem, refusal), options.e_steps)
 

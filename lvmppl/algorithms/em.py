@@ -18,6 +18,7 @@ from torch import Tensor
 from lvmppl.algorithms.ascent import Stopping, Trajectory, best_of, detached, run_restarts
 from lvmppl.algorithms.batched_step import BatchedStep
 from lvmppl.algorithms.closed_form import Solution, start_above_floors
+from lvmppl.algorithms.compilation import not_compiled
 from lvmppl.algorithms.evidence import exact_posterior, require_exact
 from lvmppl.algorithms.expected import Weights, e_step, gradient_m_step
 from lvmppl.algorithms.m_step import plan_m_step, solve_closed, verified
@@ -36,7 +37,9 @@ from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import Values, unvalidated
 from lvmppl.fitted import Fit
 from lvmppl.options import EMOptions
+from lvmppl.wording import listed
 
+_ELSEWHERE = "the model computes something else at the θ it came to than where it was probed"
 _SAME = 1e-6  # relative difference of log evidences up to which two restarts found one optimum
 _PATIENCE = 32  # steps with needless copies that cost about what a step of another size costs to record
 
@@ -56,7 +59,7 @@ def infer(problem: Problem, options: EMOptions) -> Fit:
         best = _best_of(done)
         notes = [best.message, _higher(done, best), *remarks(run.plan, best.values)]
         best.message = "; ".join(dict.fromkeys(note for note in notes if note))
-    fit = replace(finish(problem, options, done, best), m_step=run.plan.steps)
+    fit = replace(finish(problem, options, done, best), m_step=run.plan.steps, compiled=run.compiled)
     return with_standard_errors(fit, problem) if options.standard_errors else fit
 
 
@@ -65,7 +68,11 @@ class _Run:
 
     def __init__(self, problem: Problem, options: EMOptions, plan: Plan) -> None:
         self.problem, self.options, self.plan = problem, options, plan
-        self.tables = tabulate(problem, plan)
+        found = tabulate(problem, plan) if options.compile != "never" else "compile: never"
+        self.tables = found if isinstance(found, Tabulated) else None
+        self.why = found if isinstance(found, str) else ""  # there are none
+        if self.tables is None:
+            self._without_tables(self.why)
         # By how much the log evidence may fall because it is an approximation: twice the quadrature's error.
         error = exact_posterior(problem, problem.initial).log_evidence_error if problem.integrates else 0.0
         self.slack = 2 * error if math.isfinite(error) else 0.0
@@ -77,12 +84,22 @@ class _Run:
             return float(total), [], statistics
         return e_step(self.problem, values, self.plan.sites, keep_weights=self.plan.needs_weights)
 
+    def _without_tables(self, why: str) -> None:
+        """From here on the model is run."""
+        if self.options.compile == "always":
+            raise not_compiled(self.problem, why)
+        self.tables, self.why = None, why
+
+    @property
+    def compiled(self) -> str:
+        return f"run the model ({self.why})" if self.tables is None else "are made from tables"
+
     def restart(self, number: int) -> Trajectory:
         """One restart; again from its start without the tables where they turn out not to be the model."""
         while True:
             with contextlib.suppress(_NotTheModel):
                 return self._restart(number)
-            self.tables = None
+            self._without_tables(_ELSEWHERE)
 
     def together(self) -> list[Trajectory] | None:
         """All restarts in one tensor program; None where the model is not in tables, or turns out not to be."""
@@ -90,9 +107,8 @@ class _Run:
             return None
         with contextlib.suppress(_NotTheModel):
             done = _Batch(self, self.tables).run()
-            if self._is_verified(_best_of(done).values):
-                return done
-        self.tables = None
+            return done if self._is_verified(_best_of(done).values) else None
+        self._without_tables(_ELSEWHERE)
         return None
 
     def _restart(self, number: int) -> Trajectory:
@@ -216,7 +232,10 @@ class _Run:
         checked = verified(self.problem, self.plan, values)
         same = checked.steps == self.plan.steps
         if not same:
-            self.plan, self.tables = checked, None
+            self.plan = checked
+            self._without_tables(
+                f"M-steps by gradient of {listed(checked.by_gradient)} from where the fit came to"
+            )
         return same
 
 
@@ -228,7 +247,7 @@ class _Batch:
 
     def __init__(self, run: _Run, tables: Tabulated) -> None:
         self.run_one, self.tables = run, tables
-        self.step = BatchedStep(run.problem, run.plan, tables)
+        self.step = BatchedStep(run.problem, run.plan, tables, run.options.compile == "always")
         self.problem, self.options = run.problem, run.options
         self.done = [Trajectory(r, run.problem.objective_kind) for r in range(self.options.restarts)]
         self.stopping = [Stopping(self.options.tolerance) for _ in self.done]

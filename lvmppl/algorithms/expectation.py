@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lvmppl.algorithms.compilation import not_compiled
 from lvmppl.algorithms.conjugate import Member
 from lvmppl.algorithms.integrated import IntegratedJoint
+from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.recorded import Recorded
-from lvmppl.density import Evaluation, Rows, Values
+from lvmppl.algorithms.rounding import RELATIVE
+from lvmppl.density import Evaluation, Values
+from lvmppl.options import Compile
 
 _LARGEST = 2**17  # entries of a tensor up to which preparing an operation costs what it costs
-_TRUSTED = 1e-9  # relative, and absolute in nats, difference of a recording from the model that is rounding
 
 
 @dataclass
@@ -33,8 +36,9 @@ class _Known:
 class Expectations:
     """`IntegratedJoint.expected_factors` of some sites of the model, by name, on the same rows time and again."""
 
-    def __init__(self, joint: IntegratedJoint, data: Values, rows: Rows) -> None:
-        self.joint, self.data, self.rows = joint, data, rows
+    def __init__(self, problem: Problem, joint: IntegratedJoint, compile: Compile) -> None:
+        self.problem, self.joint, self.compile = problem, joint, compile
+        self.data, self.rows = problem.rows()
         self._known: dict[tuple[str, ...], _Known | None] = {}  # None: seen once
         self._by_running: set[tuple[str, ...]] = set()
 
@@ -42,7 +46,7 @@ class Expectations:
         """The evaluation whose factors are E_q log p of these sites."""
         key = tuple(sites)
         points = self.joint.design.points(members)
-        if key in self._by_running:
+        if key in self._by_running or self.compile == "never":
             return self._run(key, values, points)
         if key not in self._known:
             self._known[key] = None
@@ -51,14 +55,25 @@ class Expectations:
         if known is None:
             return self._record(key, values, points)
         found = known.recorded(self._inputs(values, points))
-        if found is None:  # the model branches otherwise here
+        if found is None:
+            self._cannot("the model branches otherwise where q came to")
             return self._run(key, values, points)
         if not known.compared:
             known.compared, frame = True, self._run(key, values, points)
             if not all(_agree(f.log_prob, own) for f, own in zip(frame.factors, found.values(), strict=True)):
+                self._cannot("the model computes something else than the operations it was seen to make")
                 self._by_running.add(key)
             return frame
         return _with(known.frame, found)
+
+    @property
+    def are_recorded(self) -> bool:
+        """Whether some are repeated."""
+        return any(known is not None and key not in self._by_running for key, known in self._known.items())
+
+    def _cannot(self, why: str) -> None:
+        if self.compile == "always":
+            raise not_compiled(self.problem, why)
 
     def _run(self, sites: Iterable[str], values: Values, points: Mapping[str, Tensor]) -> Evaluation:
         return self.joint.expected_at(points, self.data, values, self.rows, sites)
@@ -77,7 +92,7 @@ class Expectations:
             return {f"{i}": f.log_prob for i, f in enumerate(frame[0].factors)}
 
         recorded = Recorded(run, self._inputs(values, points))
-        if recorded.largest > _LARGEST:
+        if recorded.largest > _LARGEST and self.compile == "auto":
             self._by_running.add(key)
         else:
             self._known[key] = _Known(recorded, frame[0])
@@ -91,7 +106,9 @@ def _with(frame: Evaluation, found: Mapping[str, Tensor]) -> Evaluation:
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=_TRUSTED, atol=_TRUSTED, equal_nan=True)
+    """Whether a recording differs from the model by rounding: relative, and absolute in nats."""
+    trusted = RELATIVE.get(other.dtype, 1e-5)
+    return torch.allclose(one, other, rtol=trusted, atol=trusted, equal_nan=True)
 
 
 __all__ = ["Expectations"]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lvmppl.algorithms.compilation import not_compiled
 from lvmppl.algorithms.conjugate import Natural, is_proper
 from lvmppl.algorithms.expectation import Expectations
 from lvmppl.algorithms.guide_fields import CONTINUOUS, STEPS, Block
@@ -26,6 +27,7 @@ from lvmppl.exact.elimination import Term
 from lvmppl.exact.named import align
 from lvmppl.exact.scales import scale_of
 from lvmppl.fitted import EStep
+from lvmppl.options import Compile
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class CoordinatePlan:
     problem: Problem
     blocks: tuple[Block, ...] = ()
     steps: tuple[EStep, ...] = ()
+    compile: Compile = "auto"
 
     @property
     def names(self) -> frozenset[str]:
@@ -66,6 +69,8 @@ class CoordinatePlan:
 
     def by_gradient(self, why: str) -> CoordinatePlan:
         """The plan with every site left to the gradient, its continuous ones drawn again."""
+        if self.compile == "always":
+            raise not_compiled(self.problem, why)
         problem = self.problem
         if isinstance(problem.guided, IntegratedJoint):
             problem = replace(problem, guided=problem.guided.base)
@@ -88,7 +93,7 @@ class Sweep:
         self.sites = frozenset(self.own.variables)
         self.weights = GuideWeights(factors, self.own.variables, self.sites)
         integrated = self.joint if isinstance(self.joint, IntegratedJoint) else None
-        self._expectations = Expectations(integrated, self.data, self.rows) if integrated else None
+        self._expectations = Expectations(plan.problem, integrated, plan.compile) if integrated else None
         self._frame: Evaluation | None = None
         self._factors: dict[str, list[Factor]] = {}  # E log p of the model's sites over the continuous sites
         self._apart: set[str] = set()  # the model's sites without a factor over enumerated ones
@@ -97,6 +102,11 @@ class Sweep:
         self._probed: dict[str, list[tuple[Tensor, list[Factor]]]] = {}
         self._scales: dict[str, Factor] = {}
         self._moved: dict[str, tuple[Block, Mapping[str, Tensor]]] = {}
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether E_q log p is had without running the model."""
+        return self._expectations is not None and self._expectations.are_recorded
 
     def stands_at(self, values: Mapping[str, Tensor]) -> bool:
         """Whether q is where it was left; if so the next run starts from these values, θ moved or not.

@@ -20,27 +20,36 @@ from lvmppl.algorithms.tabulated import Tabulated
 from lvmppl.density import Variable
 from lvmppl.exact.named import Named, align, union
 from lvmppl.exponential import CATEGORY, ROW, Reading, read_factor, read_factors
+from lvmppl.wording import listed
 
 
-def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
-    """The model as tables, or None where something in it is not in them."""
-    if not plan.complete or plan.by_gradient or plan.needs_weights or not plan.closed:
-        return None
+def tabulate(problem: Problem, plan: Plan) -> Tabulated | str:
+    """The model as tables, or what in it is not in them."""
+    why = _more_than_lookups(plan)
+    if why:
+        return why
     with torch.no_grad():
         views, evaluation = problem.model.view(problem.data, problem.initial)
     factors = {n: view for view in views.values() for n in read_factors(view)}
-    if {s.name for s in plan.sites} != set(factors) or any(problem.data_plate in s.keep for s in plan.sites):
-        return None
+    if {s.name for s in plan.sites} != set(factors):
+        missing = (n for n in factors if n not in {s.name for s in plan.sites})
+        return f"{listed(missing)} has a density that is no lookup of parameters"
+    by_row = [s.name for s in plan.sites if problem.data_plate in s.keep]
+    if by_row:
+        return f"the parameters of {listed(by_row)} differ by row"
     readings: dict[str, Reading] = {}
     for site in plan.sites:
         view, reading = factors[site.name], read_factor(views, site.name, site.kind)
         if reading is None or reading.kind != site.kind or set(site.lookups) != set(reading.fields):
-            return None
-        if isinstance(view.scale, Tensor) or view.scale != 1.0 or not _is_of_the_data(reading):
-            return None
+            return f"'{site.name}' is read otherwise than where the model was probed"
+        if isinstance(view.scale, Tensor) or view.scale != 1.0:
+            return f"'{site.name}' is scaled"
+        if not _is_of_the_data(reading):
+            return f"known numbers in '{site.name}' differ by more than its value"
         mask = reading.mask()
         if mask is not None and not set(mask.dims).isdisjoint(events_of(reading)):
-            return None  # a value that counts in part: its statistics have no row that is masked as a whole
+            # its statistics have no row that is masked as a whole
+            return f"a value of '{site.name}' counts in part under its mask"
         readings[site.name] = _with_common_masks(reading, evaluation.variables)
     total = problem.num_rows
     chunkable = is_chunkable(problem)
@@ -51,7 +60,7 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
         if readings[name].family.base is not None:
             mask = readings[name].mask()
             if not view.observed or (mask is not None and set(mask.dims) & set(evaluation.variables)):
-                return None
+                return f"'{name}' has a part without parameters that differs by state"
             constant += _base_total(readings[name], problem.data_plate, total, step)
     farthest = _farthest(plan.sites, readings, problem.data_plate, total, step)
     return Tabulated(
@@ -59,6 +68,21 @@ def tabulate(problem: Problem, plan: Plan) -> Tabulated | None:
         total, chunkable, constant, farthest, {n: _inner(r, problem.data_plate, total) for n, r in readings.items()},
         working_dtype(problem),
     )  # fmt: skip
+
+
+def _more_than_lookups(plan: Plan) -> str:
+    """Why an M-step of this plan needs the model, if so."""
+    if plan.by_gradient:
+        return f"M-steps by gradient of {listed(plan.by_gradient)}"
+    if plan.needs_weights:
+        return "least squares on computed locations"
+    if not plan.closed:
+        return "no parameter has a closed form"
+    if not plan.complete:
+        return (
+            "some density is more than lookups of parameters (a prior, a continuous latent, a computed part)"
+        )
+    return ""
 
 
 def _with_common_masks(reading: Reading, variables: Mapping[str, Variable]) -> Reading:

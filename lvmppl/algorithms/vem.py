@@ -51,7 +51,13 @@ def infer(problem: Problem, options: VEMOptions) -> Fit:
     closed = known[0]
     best = best_of(done)
     fit = finish(closed.problem, options, done, best)
-    return replace(fit, e_step=closed.e.steps, m_step=closed.m.steps, estimators=best.estimators())
+    return replace(
+        fit,
+        e_step=closed.e.steps,
+        m_step=closed.m.steps,
+        compiled=closed.compiled,
+        estimators=best.estimators(),
+    )
 
 
 class _Alternation:

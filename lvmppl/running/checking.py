@@ -76,5 +76,6 @@ def _try_fit(problem: Problem, options: Options) -> tuple[bool, str]:
     for title, rows in (("E-step", fit.e_step), ("M-step", fit.m_step)):
         steps = "; ".join(f"{name}: {how} ({why})" if why else f"{name}: {how}" for name, how, why in rows)
         text += f"; {title} {steps}" if steps else ""
+    text += f"; steps {fit.compiled}" if fit.compiled else ""
     text += f"; gradient {fit.estimators}" if fit.estimators else ""
     return fit.status != "diverged", text
