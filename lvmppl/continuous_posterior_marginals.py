@@ -86,12 +86,9 @@ def marginal_over(
     configurations = weights
     weights = _mixing(configurations, axes, given)  # [N, K?, M]
     if isinstance(kernel, QuadraturePosterior):
-        from pyro.distributions import Empirical
-
         points = _mixing(kernel.points[..., index].movedim(0, axes), axes + 1, given, tail=1)
         logs = _mixing((kernel.log_weights + configurations.log()).movedim(0, axes), axes + 1, given)
-        empirical: torch.distributions.Distribution = Empirical(points, logs)
-        return empirical
+        return weighted_points(points, logs)
     path = isinstance(kernel, Path)
     covariance = kernel.covariance_over(columns) if path else kernel.covariance[..., index, :][..., index]  # type: ignore[union-attr]
     means = _mixing(kernel.mean[..., index], axes, given, tail=1)
@@ -104,6 +101,18 @@ def marginal_over(
     total = weights.sum(-1, keepdim=True)
     shares = torch.where(total > 0, weights / torch.where(total > 0, total, 1.0), 0.0)
     return torch.distributions.MixtureSameFamily(categorical_of(shares), components)
+
+
+def weighted_points(points: Tensor, log_weights: Tensor) -> torch.distributions.Distribution:
+    """Points [*batch, S, m] of log-weights [*batch, S]; NaN where none has weight, as given a state of probability 0."""
+    from pyro.distributions import Empirical
+
+    met = (log_weights > -torch.inf).any(-1, keepdim=True)
+    if not bool(met.all()):
+        points = torch.where(met.unsqueeze(-1), points, torch.nan)
+        log_weights = torch.where(met, log_weights, 0.0)
+    found: torch.distributions.Distribution = Empirical(points, log_weights)
+    return found
 
 
 def _mixing(table: Tensor, axes: int, given: int | None, tail: int = 0) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 import lvmppl
 from lvmppl.continuous_posteriors import ContinuousPosterior, Path
-from lvmppl.distributions import MarkovChain
 from lvmppl.errors import IntractableError
 
 N, D, Z = 7, 3, 2
@@ -230,24 +229,9 @@ def simplex_latent(x: Tensor) -> None:
         pyro.sample("x", dist.Categorical(p), obs=x.abs().round().clamp_max(2))
 
 
-def chain_beside_a_normal(x: Tensor) -> None:
-    rows = torch.tensor([[0.7, 0.3], [0.2, 0.8]]).to(x)
-    with pyro.plate("data", len(x)):
-        shift = pyro.sample("shift", dist.Normal(torch.tensor(0.0).to(x), 1.0))
-        chain = MarkovChain(rows[0], rows, 3)
-        z = pyro.sample("z", chain, infer={"enumerate": "parallel"})
-        pyro.sample(
-            "x", dist.Normal(z + shift.unsqueeze(-1), 1.0).to_event(1), obs=x.unsqueeze(-1).expand(-1, 3)
-        )
-
-
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (
-            chain_beside_a_normal,
-            r"shift \(Normal\), z \(MarkovChain\): a discrete chain beside continuous sites",
-        ),
         (high_dimensional, r"z \(5\): 5 dimensions, and log p\(x, z\) is not quadratic.*use vem or svi"),
         (poisson_latent, r"count \(Poisson\): discrete sites whose states cannot be listed; truncate"),
         (simplex_latent, r"p \(Dirichlet\): a support .* whose coordinates are tied"),

@@ -82,7 +82,7 @@ def test_em_on_the_catalogue_never_decreases_its_objective_and_reports_every_par
     if closed is None:
         with pytest.raises(
             IntractableError,
-            match=r"algorithm em: expected latent sites that can be summed or integrated, got z .* within 'data'",
+            match=r"algorithm em: expected latent sites that can be summed or integrated, got proportions \(Dirichlet\)",
         ):
             lvmppl.fit(model, data, algorithm="em")
         return

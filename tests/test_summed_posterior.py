@@ -15,7 +15,6 @@ from scipy import integrate, optimize, stats
 from torch import Tensor
 
 import lvmppl
-import lvmppl.errors
 from lvmppl.distributions import MarkovChain
 
 ENUMERATE = {"enumerate": "parallel"}
@@ -172,15 +171,3 @@ def test_chain_under_a_global_site_equals_the_sum_over_all_paths() -> None:
         which = paths.index(tuple(draws["z"][s, 0].tolist()))
         expected = math.log(weights[which]) + stats.norm.logpdf(draws["shift"][s].item(), means[which], sd)
         assert found[s].item() == pytest.approx(expected, abs=1e-5)
-
-
-def test_enumerated_sites_in_a_plate_within_that_of_continuous_ones_are_refused() -> None:
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x), dim=-2):
-            z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 1.0))
-            with pyro.plate("within", x.shape[1], dim=-1):
-                c = pyro.sample("c", dist.Categorical(torch.tensor(PRIOR)), infer=ENUMERATE)
-                pyro.sample("x", dist.Normal(z + c, 1.0), obs=x)
-
-    with pytest.raises(lvmppl.errors.IntractableError, match=r"c \(Categorical\): .* within 'data'"):
-        lvmppl.posterior(model, {"x": X.reshape(3, 1).expand(3, 2)})

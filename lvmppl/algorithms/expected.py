@@ -22,9 +22,12 @@ from lvmppl.density import POINTS, Coordinates, Evaluation, Factor, Joint, SiteV
 from lvmppl.exact.continuous import held_at
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
+from lvmppl.exact.layout import Layout, is_constant
 from lvmppl.exact.named import Named, align
-from lvmppl.exact.scales import scale_of, times
+from lvmppl.exact.scales import relative_to, scale_of, times
+from lvmppl.exact.summed import by_row, log_joint_at
 from lvmppl.exponential import TRANSITION, read_factor
+from lvmppl.posterior_marginals import with_gradient
 
 
 class Piece(NamedTuple):
@@ -65,6 +68,8 @@ def e_step(
         else:
             value = posterior.log_evidence + float(log_prior(problem, evaluation.factors))
             q = point_weights(evaluation, Named(w, (POINTS, *posterior.row_dims)))
+            if posterior.layout.summed:
+                q.update(summed_weights(problem.model, evaluation, posterior.layout, w))
         total += value
         if keep_weights:
             weights.append(Piece(q, model))
@@ -86,6 +91,21 @@ def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
         number /= math.prod(evaluation.plate_sizes[p] for p in outside)
         result[factor.site] = number * align(summed, factor.dims).expand(factor.log_prob.shape)
     return result
+
+
+def summed_weights(
+    model: Joint, evaluation: Evaluation, layout: Layout, weights: Tensor
+) -> dict[str, Tensor]:
+    """w_sn ∂ log p(x, z_sn)/∂ f, enumerated sites summed out at the points z_sn of weights [S, *rows], of every factor f
+    that belongs to rows."""
+    own = [with_gradient(f) for f in evaluation.factors if not is_constant(f, model, layout)]
+    home = layout.home(model.structure.data_plate)
+    scaled = times(Named(weights, (POINTS, *(home or ("",)))), layout.scale).tensor.flatten()
+    with torch.enable_grad():
+        total = log_joint_at(by_row(evaluation, relative_to(layout.scale, own), home, len(weights)))
+        counted = torch.where(scaled > 0, scaled * total, torch.zeros_like(total))
+        grads = torch.autograd.grad(counted.sum(), [f.log_prob for f in own])
+    return {f.site: g for f, g in zip(own, grads, strict=True)}
 
 
 def add_up(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from lvmppl.errors import IntractableError, ModelError
 from lvmppl.exact.layout import Block, Layout, is_constant, is_prior
 from lvmppl.exact.named import Named, align
 from lvmppl.exact.scales import ratio, relative_to, scale_of, times
-from lvmppl.exact.summed import entries_at_a_point, log_joint_at, pieces_of
+from lvmppl.exact.summed import ByRow, by_row, entries_at_a_point, log_joint_at, pieces_of
 
 MAX_DENSE = 400  # dimensions of a dense Gaussian row
 QUADRATURE_DIMS = 3
@@ -61,10 +60,14 @@ def _placed(joint: Joint, layout: Layout, block: Block, z: Tensor) -> Tensor:
 
 @dataclass
 class _Manner:
-    """How a model is run at many points (None: not yet known), and the points it was run at one by one."""
+    """How a model is run at many points (None: not yet known), and the points it was run at one by one.
+
+    entries: of the largest summed site of one row at one point, None if not yet known.
+    """
 
     singly: bool | None
     evaluated: int = 0
+    entries: int | None = None
 
 
 class LogJointOfModel:
@@ -119,7 +122,7 @@ class LogJointOfModel:
     def _value(self, evaluation: Evaluation, z: Tensor) -> Tensor:
         """The log joint at z [S, *rows, d] from its factors there: [S, *rows]."""
         if self.layout.summed:
-            return log_joint_at(evaluation, self._of_rows(evaluation), len(z)).reshape(z.shape[:-1])
+            return log_joint_at(self._by_row(evaluation, len(z))).reshape(z.shape[:-1])
         lead = (*self.layout.discrete, POINTS)
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
         rows = (self.layout.plate_sizes[tail[0]],) if tail else ()
@@ -170,7 +173,7 @@ class LogJointOfModel:
         """
         (evaluation,) = self._alone(point, [math.prod(self.layout.discrete_sizes) - 1])
         if self.layout.summed:
-            return log_joint_at(evaluation, self._of_rows(evaluation), 1)
+            return log_joint_at(self._by_row(evaluation, 1))
         tail = (self.plate,) if self.layout.local and self.plate is not None else ()
         return self._total(evaluation, tail).expand([self.layout.plate_sizes[p] for p in tail]).reshape(-1)
 
@@ -208,13 +211,16 @@ class LogJointOfModel:
             factors.append(replace(parts[0], log_prob=table, dims=dims))
         return replace(every[0], factors=tuple(factors))
 
-    def dependent(self, z: Tensor) -> list[str]:
-        """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1."""
+    def dependent(self, z: Tensor) -> dict[str, list[str]]:
+        """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1; and which
+        of the sites that are summed out it depends on too."""
         with torch.no_grad():
             factors = [f for f in self.evaluation(z).factors if POINTS in f.dims]
-        if not self._runs_singly(z):
-            return [f.site for f in factors]
-        return [f.site for f in factors if not torch.equal(f.log_prob, f.log_prob[:1].expand_as(f.log_prob))]
+        if self._runs_singly(z):
+            factors = [
+                f for f in factors if not torch.equal(f.log_prob, f.log_prob[:1].expand_as(f.log_prob))
+            ]
+        return {f.site: [n for n in self.layout.summed if n in f.dims] for f in factors}
 
     def _drawn(self, block: Block, point: Tensor) -> Tensor:
         """One site's value at one point [N?, d] of one configuration, with the axes that its own plates give it."""
@@ -234,12 +240,19 @@ class LogJointOfModel:
         own = (f for f in evaluation.factors if not is_constant(f, self.joint, self.layout))
         return list(relative_to(self.layout.scale, own))
 
-    @cached_property
+    def _by_row(self, evaluation: Evaluation, points: int) -> ByRow:
+        return by_row(evaluation, self._of_rows(evaluation), self.layout.home(self.plate), points)
+
+    @property
     def entries(self) -> int:
-        """Of the largest summed site at one point."""
-        with torch.no_grad():
-            variables = self.joint.evaluate(self.data, self.values).variables
-        return entries_at_a_point(variables, self.layout.plate_sizes)
+        """Of the largest summed site at one point of all rows."""
+        sizes = self.layout.plate_sizes
+        rows = math.prod(sizes[p] for p in self.layout.home(self.plate))
+        if self._manner.entries is None:
+            with torch.no_grad():
+                variables = self.joint.evaluate(self.data, self.values).variables
+            self._manner.entries = entries_at_a_point(variables, sizes) // rows
+        return self._manner.entries * rows
 
     def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
         """A factor's log-probabilities over `dims`, its other plates multiplied out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,9 +59,11 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     plate = joint.structure.data_plate
     if layout.summed:
         z, weights = kernel.nodes()
-        found = summed_probabilities(log_joint.evaluation, z.detach(), weights.flatten(), log_joint.entries)
+        home = layout.home(plate)
+        found = summed_probabilities(log_joint.factors, z.detach(), weights, log_joint.entries, home)
         engine += f"; {abridged(layout.summed)} summed out at every point"
-        summed = SummedSites(log_joint.factors, found, log_joint.entries)
+        plates = {n: v.plates for n, v in variables.items()}
+        summed = SummedSites(log_joint.factors, found, plates, log_joint.entries, home)
         return SummedPosterior(
             kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed
         )
@@ -68,8 +71,18 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
     return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt)
 
 
-def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
-    """The sites that depend on the continuous ones, with their families."""
+class _Dependent(NamedTuple):
+    """A site that depends on the continuous ones, and the summed ones that it depends on too."""
+
+    name: str
+    family: str
+    given: list[str]
+
+    def __str__(self) -> str:
+        return f"site '{self.name}' ({self.family}{f' given {abridged(self.given)}' if self.given else ''})"
+
+
+def _dependent(log_joint: LogJointOfModel) -> list[_Dependent]:
     rows, dim = log_joint.layout.rows(log_joint.plate), log_joint.layout.dim
     z = (
         torch.linspace(-1.0, 1.0, 2 * dim, device=log_joint.device)
@@ -79,13 +92,13 @@ def _dependent(log_joint: LogJointOfModel) -> dict[str, str]:
     transform = log_joint.layout.transform
     sites = log_joint.joint.structure.sites
     found = log_joint.dependent(z if transform is None else transform(z))
-    return {name: sites[name].family for name in found if name in sites}
+    return [_Dependent(name, sites[name].family, given) for name, given in found.items() if name in sites]
 
 
 def _not_gaussian(log_joint: LogJointOfModel) -> list[str]:
-    """Sites that depend on the continuous ones and are not Gaussian: that log p is quadratic at random points is then
-    no proof that it is so everywhere (a narrow second mode may lie between them)."""
-    return [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f not in _GAUSSIAN]
+    """Sites that depend on the continuous ones and are not Gaussian, or only given a site that is summed out: that log p
+    is quadratic at random points is then no proof that it is so everywhere (a narrow second mode may lie between them)."""
+    return [str(s) for s in _dependent(log_joint) if s.given or s.family not in _GAUSSIAN]
 
 
 def _unproven(log_joint: LogJointOfModel) -> str:
@@ -113,7 +126,7 @@ class _Search:
 def _search(log_joint: LogJointOfModel, rows: tuple[int, ...], dtype: torch.dtype) -> _Search:
     """The modes of the terms of the sums that the model computes, from which its own modes are sought."""
     dim = log_joint.layout.dim
-    opaque = [f"site '{s}' ({f})" for s, f in _dependent(log_joint).items() if f in _OPAQUE]
+    opaque = [str(s) for s in _dependent(log_joint) if s.family in _OPAQUE]
     density = unconstrained(log_joint, log_joint.layout.transform)
     starts = 3.0 * torch.cat([torch.zeros(1, dim), torch.eye(dim), -torch.eye(dim)]).to(
         log_joint.device, dtype

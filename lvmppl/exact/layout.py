@@ -41,9 +41,9 @@ class Layout:
     """How continuous sites make up z [*rows, d], and which enumerated sites index its configurations.
 
     discrete: in the order of the leading axes of rows. local: a row per datum. summed: enumerated sites that are summed
-    out at every point instead, since they lie in plates that couple through the continuous ones. scale: what log p(x) of a
-    row is multiplied by, a number or over the data plate. outer: those of `discrete` that stand outside of the data plate
-    and that rows, which are data, share.
+    out at every point instead, as their joint states are too many to list: chains, and sites in plates within a row.
+    scale: what log p(x) of a row is multiplied by, a number or over the data plate. outer: those of `discrete` that stand
+    outside of the data plate and that rows, which are data, share.
     """
 
     blocks: tuple[Block, ...]
@@ -57,8 +57,12 @@ class Layout:
     scale: Named = UNIT
     outer: tuple[str, ...] = ()
 
+    def home(self, data_plate: str | None) -> tuple[str, ...]:
+        """The data plate where rows are data."""
+        return (data_plate,) if self.local and data_plate is not None else ()
+
     def rows(self, data_plate: str | None) -> tuple[int, ...]:
-        tail = (self.plate_sizes[data_plate],) if self.local and data_plate is not None else ()
+        tail = (self.plate_sizes[p] for p in self.home(data_plate))
         return (*self.discrete_sizes, *tail) or (1,)
 
 
@@ -98,23 +102,11 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     local = plate is not None and all(plate in s.plates for s in latents)
     outer = [s for s in enumerated if plate not in s.plates]
     single = all(evaluation.variables[s.name].steps is None and not s.plates for s in outer)
-    if outer and (not single or any(s.plates != (plate,) for s in enumerated if s not in outer)):
+    chains = [s for s in enumerated if evaluation.variables[s.name].steps is not None]
+    if outer and (chains or not single or any(s.plates != (plate,) for s in enumerated if s not in outer)):
         local = False
     home: set[str] = {plate} if local and plate is not None else set()
-    chains = [structure.sites[n] for n in structure.enumerated if evaluation.variables[n].steps is not None]
-    if chains and local:
-        raise _intractable(
-            [*latents, *chains],
-            "a discrete chain beside continuous sites of its datum, whose every sequence would be a configuration",
-            "use svi with a guide over both",
-        )
     within = any(set(s.plates) - home for s in enumerated)
-    if within and local:
-        raise _intractable(
-            [s for s in enumerated if set(s.plates) - home],
-            f"discrete sites in plates within '{plate}', beside continuous sites of each row of it",
-            "use vem or svi, or take the rows of that plate one call at a time",
-        )
     summed = tuple(structure.enumerated) if chains or within else ()
     blocks, begin, transforms, lengths = [], 0, [], []
     for site in latents:
