@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,36 @@ LOC = torch.tensor([-1.0, 0.0, 2.0], dtype=torch.float64)
 MOVE = torch.full((3, 3), 1 / 3, dtype=torch.float64)
 X = torch.linspace(-1.0, 1.0, 4, dtype=torch.float64)
 GRID = torch.linspace(-1.0, 1.0, 20, dtype=torch.float64).reshape(4, 5)
+
+
+def joined(by: Callable[[list[Tensor]], Tensor], sites: int = 28) -> Callable[[Tensor], None]:
+    """A model of binary sites whose states are spread over one another's, then put together by `by`."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            fn = dist.Bernoulli(torch.tensor(0.3, dtype=torch.float64))
+            z = [pyro.sample(f"z{i}", fn, infer=ENUMERATED) for i in range(sites)]
+            pyro.sample("x", dist.Normal(by(z), 1.0), obs=x)
+
+    return model
+
+
+def product(z: list[Tensor]) -> Tensor:
+    left, right = sum(z[::2]), sum(z[1::2])
+    assert isinstance(left, Tensor) and isinstance(right, Tensor)
+    return torch.matmul(left[..., None, None], right[..., None, None])[..., 0, 0]
+
+
+# Where states are joined without broadcasting, and how many entries that gives.
+JOINTS: dict[str, tuple[Callable[[list[Tensor]], Tensor], int]] = {
+    "stacked last": (lambda z: torch.stack(torch.broadcast_tensors(*z), -1).sum(-1), 28 * 2**28),
+    "stacked first": (lambda z: torch.stack(torch.broadcast_tensors(*z)).sum(0), 28 * 2**28),
+    "concatenated": (
+        lambda z: torch.cat([s.unsqueeze(-1) for s in torch.broadcast_tensors(*z)], -1).sum(-1),
+        28 * 2**28,
+    ),
+    "multiplied as matrices": (product, 2**28),
+}
 
 
 def in_data_plate(fn: Any, infer: dict[str, str] | None = None) -> Callable[[Tensor], None]:
@@ -231,6 +262,33 @@ def test_message_names_the_site_the_plate_and_the_fix(case: str) -> None:
     model, x, kind, message = CASES[case]
     with pytest.raises(kind, match=message):
         lvmppl.posterior(model, {"x": x})
+
+
+@pytest.mark.parametrize("case", JOINTS)
+def test_states_joined_without_broadcasting_are_refused_before_the_table_is_built(case: str) -> None:
+    by, entries = JOINTS[case]
+    message = (
+        r"enumerated sites z0 \(2\), …, z27 \(2\) \(28 sites\) in plate data: expected a table of at most "
+        rf"134,217,728 entries, got {entries:,} .* in any order; use fewer states"
+    )
+    with pytest.raises(IntractableError, match=message):
+        lvmppl.posterior(joined(by), {"x": X})
+
+
+@pytest.mark.parametrize("case", JOINTS)
+def test_log_evidence_of_joined_states_equals_that_of_a_sum_or_product_over_the_joint_table(
+    case: str,
+) -> None:
+    by, _ = JOINTS[case]
+    sites = 15  # enough for the watch to be on
+    bits = (torch.arange(2**sites).unsqueeze(-1) >> torch.arange(sites) & 1).to(torch.float64)
+    loc = bits[:, ::2].sum(-1) * bits[:, 1::2].sum(-1) if by is product else bits.sum(-1)
+    prior = (bits * math.log(0.3) + (1 - bits) * math.log(0.7)).sum(-1)
+    table = prior + dist.Normal(loc, 1.0).log_prob(X.unsqueeze(-1))
+    posterior = lvmppl.posterior(joined(by, sites), {"x": X})
+    torch.testing.assert_close(
+        torch.as_tensor(posterior.log_evidence_per_datum), table.logsumexp(-1), rtol=1e-12, atol=0.0
+    )
 
 
 def mixture(x: Tensor) -> None:
