@@ -8,15 +8,18 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lvmppl.progress import progress_bars
-from lvmppl.terminal import check_table, summary_table, terminal
+from lvmppl.terminal import check_table, marks_explained, summary_table, terminal
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 app = typer.Typer(
     name="lvmppl",
@@ -67,8 +70,7 @@ def run(
             from lvmppl import runner
 
             result = runner.run(experiment, out, overrides or [], smoke, progress)
-        console = terminal()
-        console.print(summary_table(result.summary, console.width))
+        _print_summary(result.summary)
         for fit, message in zip(result.summary["fit"], result.summary["message"], strict=True):
             if isinstance(message, str) and message:
                 typer.echo(f"{fit}: {message}")
@@ -108,6 +110,25 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The fo
             raise typer.Exit(FAILED) from None
     typer.echo(f"drawn: {', '.join(path.stem for path in pictures) or 'no picture'}")
     typer.echo(f"report: {page}")
+
+
+@app.command()
+def compare(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of runs.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")] = Path("runs/comparison"),
+) -> None:
+    """Put runs side by side: one table of their fits, pictures and a page; fit nothing.
+
+    Numbers of different data are told apart: they are not comparable.
+    """
+    with _exit_status("interrupted: nothing was written"):
+        from lvmppl.running.comparing import PAGE, compare_runs
+
+        comparison = compare_runs(directories, out)
+        _print_summary(comparison.table, comparison.leading)
+        for line in comparison.sentences():
+            typer.echo(line)
+    typer.echo(f"report: {out / PAGE}")
 
 
 @app.command(name="list")
@@ -161,6 +182,14 @@ def new(
     for path in written:
         typer.echo(f"wrote {path}")
     typer.echo(f"next: lvmppl check {written[-1]}")
+
+
+def _print_summary(summary: pd.DataFrame, leading: Sequence[str] = ()) -> None:
+    console = terminal()
+    console.print(summary_table(summary, console.width, leading))
+    marks = marks_explained(summary)
+    if marks:
+        typer.echo(marks)
 
 
 @contextmanager

@@ -30,6 +30,8 @@ __all__ = [
     "draw_all",
     "gap_bars",
     "gap_curves",
+    "gap_picture",
+    "has_climb",
     "objective_curves",
     "responsibility_comparison",
     "sequence_distances",
@@ -74,7 +76,7 @@ def _pictures(
 ) -> Iterator[tuple[str, Callable[[], Picture | None]]]:
     posterior, note = aligned_posterior(tables)
     discrete = posterior[posterior["label"].notna()]
-    if np.isfinite(tables["history"]["objective"]).any():
+    if has_climb(tables["history"]):
         yield "objective", partial(objective_curves, tables["history"], tables["summary"])
     for site in discrete["site"].unique()[:PANELS]:
         yield f"components_{_slug(site)}", partial(component_scatter, discrete, data, str(site), note)
@@ -94,9 +96,18 @@ def _pictures(
     along = [p for p in pairs if p[1] in set(discrete["site"]) and pair_of(discrete, *p).is_sequence]
     if along:
         yield "distances", partial(sequence_distances, discrete, along)
-    gaps = tables["gaps"]
-    if gaps["gap"].notna().any():
-        yield "gaps", partial(gap_bars if gaps["datum"].nunique() == 1 else gap_curves, gaps)
+    if tables["gaps"]["gap"].notna().any():
+        yield "gaps", partial(gap_picture, tables["gaps"])
+
+
+def has_climb(history: pd.DataFrame) -> bool:
+    """Whether there is an objective to be drawn."""
+    return bool(np.isfinite(history["objective"]).any())
+
+
+def gap_picture(gaps: pd.DataFrame) -> Picture:
+    """The gaps of many data as curves, those of one datum as bars."""
+    return gap_bars(gaps) if gaps["datum"].nunique() == 1 else gap_curves(gaps)
 
 
 def _compared(posterior: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,47 +1,22 @@
-"""report.html: one self-contained page that a stranger can read, made from the tables and pictures on disk.
-
-Nothing is fetched when the page is opened: pictures are data URIs, the style is inline, and there are no
-scripts.
-"""
+"""report.html: one self-contained page that a stranger can read, made from the tables and pictures on disk."""
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
 
 from lvmppl.align import KINDS, aligned_posterior, discrete_sites, reference_fit, responsibilities
+from lvmppl.page import figure, fit_table, heldout_table, kind_words, write_page
 from lvmppl.tables import nats, worst_data
 from lvmppl.top_words import top_words
 
 WORST = 5
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What a table shows in one place: the text, and the kind of number in small letters."""
-
-    text: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A picture of the page; `uri` holds the PNG itself, `width` is in CSS pixels."""
-
-    title: str
-    caption: str
-    uri: str
-    width: int
 
 
 def write_report(
@@ -59,36 +34,20 @@ def write_report(
     the resolved YAML, `vocabulary` the words that the data's numbers stand for.
     """
     summary, gaps = tables["summary"], tables["gaps"]
-    page = _template().render(
+    return write_page(
+        directory / "report.html",
         title=_entry(experiment_text, "name") or directory.resolve().name,
         description=describe(experiment_text, tables),
         findings=findings(summary, gaps),
-        header=SUMMARY,
-        rows=[summary_row(row) for _, row in summary.iterrows()],
+        fits=fit_table(summary),
         heldout=heldout_table(summary),
-        messages=[
-            (row["fit"], row["status"], row["message"]) for _, row in summary.iterrows() if row["message"]
-        ],
-        figures=[_figure(path) for path in plots],
+        messages=[(row["fit"], row["message"]) for _, row in summary.iterrows() if row["message"]],
+        figures=[figure(path) for path in plots],
         worst=worst_tables(tables),
         topics=top_words(tables, vocabulary),
         experiment=experiment_text.strip(),
         environment=[(str(key), _plain(value)) for key, value in environment.items()],
     )
-    path = directory / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
-
-
-def _template() -> Any:
-    pages = Environment(
-        loader=PackageLoader("lvmppl", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return pages.get_template("report.html")
 
 
 # ------------------------------------------------------------------------------------------- what was run
@@ -125,7 +84,7 @@ def findings(summary: pd.DataFrame, gaps: pd.DataFrame) -> list[str]:
     best = reference_fit(summary)
     rows = summary[summary["fit"] == best]
     if len(rows) and math.isfinite(rows["log_evidence"].iloc[0]):
-        kind = _kind(rows["log_evidence_kind"].iloc[0])
+        kind = kind_words(rows["log_evidence_kind"].iloc[0])
         value = nats(rows["log_evidence"].iloc[0], rows["log_evidence_error"].iloc[0])
         said.append(f"The highest log evidence, {value} nats ({kind}), is that of the fit ‘{best}’.")
     for _, row in summary[summary["gap"].notna()].iterrows():
@@ -155,74 +114,8 @@ STATUS_WORDS = {
     "failed": "Failed",
 }
 
-EVIDENCE_KINDS = {
-    "exact": "exact",
-    "quadrature": "quadrature",
-    "lower_bound": "lower bound",
-    "estimate": "estimate",
-    "none": "",
-}
 
-
-def _kind(kind: str) -> str:
-    return EVIDENCE_KINDS.get(kind, kind.replace("_", " "))
-
-
-# ------------------------------------------------------------------------------------------ summary table
-
-TEST_COLUMNS = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
-
-
-SUMMARY = ("fit", "algorithm", "guide", "status", "steps", "time", "log evidence", "ELBO", "gap")
-
-
-def heldout_table(summary: pd.DataFrame) -> list[list[str]]:
-    """The scores of the test rows, the header first; empty where no rows were held out."""
-    shown = {column: name for column, name in TEST_COLUMNS.items() if summary[column].notna().any()}
-    rows = [[row["fit"], *(nats(row[column]) for column in shown)] for _, row in summary.iterrows()]
-    return [["fit", *shown.values()], *rows] if shown else []
-
-
-def summary_row(row: pd.Series) -> list[Cell]:
-    """One fit: numbers rounded for reading, and of each bound or estimate that it is one."""
-    bounded = "bound, estimated" if row["elbo_error"] > 0 else "lower bound"
-    gap_kind = "estimate" if row["elbo_error"] > 0 else _kind(row["log_evidence_kind"])
-    return [
-        Cell(row["fit"]),
-        Cell(row["algorithm"]),
-        Cell(row["guide"] or "–"),
-        Cell(row["status"].replace("_", " ")),
-        Cell("–" if pd.isna(row["steps"]) else f"{row['steps']:,}"),
-        Cell(_seconds(row["seconds"])),
-        _number(row["log_evidence"], _kind(row["log_evidence_kind"]), row["log_evidence_error"]),
-        _number(row["elbo"], bounded, row["elbo_error"]),
-        _number(row["gap"], gap_kind, row["elbo_error"]),
-    ]
-
-
-def _number(value: float, note: str = "", error: float = math.nan) -> Cell:
-    return Cell(nats(value, error), "" if math.isnan(value) else note)
-
-
-def _seconds(value: float) -> str:
-    if math.isnan(value):
-        return "–"
-    if value < 1:
-        return f"{1000 * value:.0f} ms"
-    return f"{value:.1f} s" if value < 120 else f"{value / 60:.1f} min"
-
-
-# ----------------------------------------------------------------------------------- pictures, worst data
-
-
-def _figure(path: Path) -> Figure:
-    with Image.open(path) as image:
-        title, caption = image.info.get("Title", path.stem), image.info.get("Description", "")
-        width = (
-            image.width * 100 // round(image.info.get("dpi", (100, 100))[0])
-        )  # letters the size of the page's
-    uri = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
-    return Figure(str(title), str(caption), uri, width)
+# --------------------------------------------------------------------------------------------- worst data
 
 
 def worst_tables(tables: Mapping[str, pd.DataFrame]) -> list[tuple[str, list[str], list[list[str]]]]:

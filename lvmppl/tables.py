@@ -148,11 +148,11 @@ def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame]) -> None:
             csv.unlink(missing_ok=True)  # an earlier, shorter run's would contradict the parquet
 
 
-def read_tables(directory: Path) -> dict[str, pd.DataFrame]:
-    """The five tables that `write_tables` wrote there. Raises InputError where one is missing or is no such
-    table.
+def read_tables(directory: Path, names: Iterable[str] = tuple(SCHEMAS)) -> dict[str, pd.DataFrame]:
+    """The tables, all five unless named, that `write_tables` wrote there. Raises InputError where one is missing
+    or is no such table.
     """
-    return {name: _read(directory, name) for name in SCHEMAS}
+    return {name: _read(directory, name) for name in names}
 
 
 def _read(directory: Path, name: str) -> pd.DataFrame:
@@ -164,6 +164,24 @@ def _read(directory: Path, name: str) -> pd.DataFrame:
         return validate(name, pd.read_parquet(path, engine="pyarrow"))
     except (OSError, ValueError, AssertionError) as error:
         raise InputError(str(path), f"the {name} table", str(error), "run the experiment again") from error
+
+
+def with_kinds(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with columns `elbo_kind` and `gap_kind` after `elbo` and `gap`, in the words of `log_evidence_kind`.
+
+    An ELBO is a `lower_bound`, or, averaged over draws, an `estimate` of one; then the gap is an estimate too, else it
+    is what the log evidence is. `none` where there is no number.
+    """
+    drawn = summary["elbo_error"] > 0
+    elbo = pd.Series("lower_bound", index=summary.index).mask(drawn, "estimate")
+    gap = summary["log_evidence_kind"].mask(drawn, "estimate")
+    result = summary.copy()
+    for column, kind in (("elbo", elbo), ("gap", gap)):
+        place = result.columns.get_loc(column)
+        assert isinstance(place, int)
+        known = kind.mask(summary[column].isna(), "none").astype("string")
+        result.insert(place + 1, f"{column}_kind", known)
+    return result
 
 
 def worst_data(gaps: pd.DataFrame, fit: str, count: int = 5) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,23 +22,23 @@ def terminal() -> Console:
     return Console(highlight=False, width=min(WIDTH, console.width) if console.is_terminal else WIDTH)
 
 
-def summary_table(summary: pd.DataFrame, width: int = WIDTH) -> Any:
-    """The summary as a rich table, without the columns that say nothing in this run.
+def summary_table(summary: pd.DataFrame, width: int = WIDTH, leading: Sequence[str] = ()) -> Any:
+    """The summary as a rich table, without the columns that say nothing in this run, below columns of `leading` words.
 
     Held-out rows have a table below; so have the numbers where all does not fit into the width.
     """
     from rich.console import Group
 
-    what = {"fit": "fit", "algorithm": "algorithm", "guide": "guide", "status": "status"}
-    what |= {"steps": "steps", "seconds": "seconds"}
+    names = {column: column for column in (*leading, "fit")}
+    what = names | {c: c for c in ("algorithm", "guide", "status", "steps", "seconds")}
     train = {"log_evidence": "log evidence", "elbo": "ELBO", "gap": "gap"}
     test = {"test_log_evidence": "test log evidence", "test_elbo": "test ELBO"}
     whole, size = _columns(summary, what, train, width)
     parts = [whole]
     if size > width:
-        parts = [_columns(summary, *part, width)[0] for part in ((what, {}), ({"fit": "fit"}, train))]
+        parts = [_columns(summary, *part, width)[0] for part in ((what, {}), (names, train))]
     if summary[[*test]].notna().any(axis=None):
-        parts.append(_columns(summary, {"fit": "fit"}, test, width)[0])
+        parts.append(_columns(summary, names, test, width)[0])
     return Group(parts[0], *(line for part in parts[1:] for line in ("", part)))
 
 
@@ -50,7 +51,7 @@ def _columns(
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     numbers = {column: title for column, title in numbers.items() if summary[column].notna().any()}
     titles = {**what, **numbers}
-    names = [column for column in what if column in ("fit", "algorithm", "guide")]
+    names = [column for column in what if column not in ("status", "steps", "seconds")]
     rows = summary.to_dict("records")
     cells = {c: [_number(r[c], r, c) if c in numbers else _plain(r[c]) for r in rows] for c in titles}
     for longest in (40, 20, 12):  # names break between their words, as late as the line allows
@@ -91,12 +92,28 @@ def _number(value: Any, row: Any, column: str) -> str:
     """Four decimals; evidence that is not exact, and a bound that is a mean over draws, are marked by what they are."""
     if value is None or not isinstance(value, float | int) or math.isnan(value):
         return ""
-    mark = ""
-    if column == "log_evidence":
-        mark = {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "}.get(row["log_evidence_kind"], "")
-    elif column in ("elbo", "gap") and row.get("elbo_error", 0.0) > 0:
-        mark = "≈ "  # a gap may then be below 0
-    return f"{mark}{round(value, 4) + 0.0:.4f}"
+    return f"{_mark(row, column)}{round(value, 4) + 0.0:.4f}"
+
+
+MARKS = {"≥ ": "≥ a lower bound", "≈ ": "≈ an estimate, or within a stated error"}
+
+
+def _mark(row: Any, column: str) -> str:
+    """What kind of number stands in a row; an ELBO that is exact needs none, being a bound by its name."""
+    if column in ("elbo", "gap", "test_elbo") and row.get("elbo_error", 0.0) > 0:
+        return "≈ "  # a gap may then be below 0
+    if column.endswith("elbo"):
+        return ""
+    # held-out rows are scored as the others are, and a gap is as good as the log evidence
+    return {"lower_bound": "≥ ", "estimate": "≈ ", "quadrature": "≈ "}.get(row["log_evidence_kind"], "")
+
+
+def marks_explained(summary: pd.DataFrame) -> str:
+    """What the marks of the table mean, of those that occur; empty where all its numbers are exact."""
+    columns = [c for c in ("log_evidence", "elbo", "gap", "test_log_evidence", "test_elbo") if c in summary]
+    rows = summary.to_dict("records")
+    found = {_mark(row, column) for row in rows for column in columns if not math.isnan(row[column])}
+    return "; ".join(words for mark, words in MARKS.items() if mark in found)
 
 
 def check_table(lines: list[tuple[str, bool, str]]) -> Any:

@@ -30,7 +30,11 @@ PARTS: dict[str, tuple[str, str, str]] = {
         "yaml",
     ),
     "inference": ("lvmppl.inference", "errors options density results exact algorithms", "yaml pandas"),
-    "report": ("lvmppl.report lvmppl.report.* lvmppl.top_words", "errors tables plots report", "torch pyro"),
+    "report": (
+        "lvmppl.report lvmppl.page lvmppl.comparison lvmppl.comparison_report lvmppl.top_words",
+        "errors tables plots report",
+        "torch pyro",
+    ),
     "plots": (
         "lvmppl.plots lvmppl.*_plots lvmppl.canvas lvmppl.align",
         "errors tables plots",

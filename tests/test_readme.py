@@ -47,6 +47,22 @@ def test_command_of_the_readme_runs_as_it_stands(
     assert (tmp_path / "NAME.py").exists() == (arguments[0] == "new")
 
 
+def test_runs_of_the_readme_are_reported_and_compared_as_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two_causes.py").write_text(block("python", "def two_causes"))
+    (tmp_path / "two_causes.yaml").write_text(block("yaml", "two-causes"))
+    monkeypatch.chdir(tmp_path)
+    runs = [f"{command} --smoke" for command in commands() if command.startswith("lvmppl run")]
+    again = [line.partition("#")[0].strip() for line in block("sh", "lvmppl report").splitlines()]
+    assert [command.split()[1] for command in again] == ["report", "compare"]
+    for command in runs + again:
+        result = CliRunner().invoke(cli.app, command.split()[1:], prog_name="lvmppl")
+        assert result.exit_code == 0, result.output
+    table = pd.read_csv("runs/comparison/comparison.csv")
+    assert list(table["run"]) == ["two-causes"] * 2 + ["more"] * 2 and set(table["data"]) == {"A"}
+
+
 def test_shipped_experiment_prints_what_the_readme_shows_and_reaches_the_best_known_evidence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

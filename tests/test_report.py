@@ -27,7 +27,7 @@ YAML = "\n".join(
     ]
 )
 
-VOID = {"meta", "img", "link", "br", "hr", "input"}
+VOID = {"meta", "img", "link", "br", "hr", "input", "wbr"}
 
 
 class Page(HTMLParser):

@@ -13,10 +13,10 @@ from pathlib import Path
 from lvmppl.errors import InputError
 
 
-def require_ours(directory: Path, marks: Sequence[str]) -> None:
+def require_ours(directory: Path, marks: Sequence[str], sort: str = "run") -> None:
     """Refuse a folder that is not ours to replace, or not ours to write; nothing is created.
 
-    marks: the files that an earlier one of the same sort has.
+    marks: the files that an earlier one of its sort has.
 
     Raises:
         InputError: it is a file, lies below one, holds other files, or may not be written.
@@ -26,7 +26,9 @@ def require_ours(directory: Path, marks: Sequence[str]) -> None:
     if directory.exists():
         entries = list(directory.iterdir())
         if entries and not all((directory / mark).exists() for mark in marks):
-            raise _refused(directory, "a new folder or one of an earlier run", "a folder with other files")
+            raise _refused(
+                directory, f"a new folder or one of an earlier {sort}", "a folder with other files"
+            )
     above = _existing(directory.absolute().parent)
     if not above.is_dir():
         raise _refused(directory, "a folder that can be made", f"a path below the file {above}")

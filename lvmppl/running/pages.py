@@ -36,7 +36,7 @@ def write_pages(directory: Path, record: Record) -> tuple[list[str], bool]:
     except Exception as error:
         failed("plots", error)
     try:
-        words = record.data.get("vocabulary", ())
+        words = record.data["vocabulary"]
         report.write_report(directory, record.tables, pictures, record.environment, record.experiment, words)
     except Exception as error:
         failed("report.html", error)

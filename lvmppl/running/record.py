@@ -20,6 +20,7 @@ from lvmppl.wording import listed
 R = TypeVar("R")
 
 MARKS = ("experiment.yaml", "environment.json")  # what makes a folder a run
+DATA = ("source", "rows", "test_rows", "sha256", "vocabulary")  # the entries of data.json
 AGAIN = "run the experiment again"
 
 
@@ -28,7 +29,7 @@ class Record:
     """A run as its folder has it.
 
     tables: the five of the contract. experiment: the resolved YAML. environment: machine and packages.
-    data: source, rows, test_rows, sha256, vocabulary. shown: the features that a picture shows, a row a datum and a
+    data: the entries `DATA`. shown: the features that a picture shows, a row a datum and a
     column each; without columns where no picture does.
     """
 
@@ -57,8 +58,9 @@ def read_record(directory: Path) -> Record:
     require_run(directory)
     frames = tables.read_tables(directory)
     experiment = read_text(directory / "experiment.yaml")
-    environment, data = (read_json(directory / f"{name}.json") for name in ("environment", "data"))
-    return Record(frames, experiment, environment, data, _read_shown(directory / "data.parquet"))
+    environment = _read_json(directory / "environment.json")
+    shown = _read_shown(directory / "data.parquet")
+    return Record(frames, experiment, environment, read_data(directory), shown)
 
 
 def require_run(directory: Path) -> None:
@@ -93,8 +95,17 @@ def read_text(path: Path) -> str:
     return _read(path, "a file of text", lambda: path.read_text(encoding="utf-8"))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises InputError where there is no such file, or no JSON object in it."""
+def read_data(directory: Path) -> dict[str, Any]:
+    """What a run recorded of its rows. Raises InputError where it did not, or something is missing."""
+    path = directory / "data.json"
+    data = _read_json(path)
+    missing = [key for key in DATA if key not in data]
+    if missing:
+        raise InputError(str(path), f"entries {listed(DATA, 'and')}", f"no {listed(missing, 'and')}", AGAIN)
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     value: Any = _read(path, "JSON", lambda: json.loads(path.read_text(encoding="utf-8")))
     if not isinstance(value, dict):
         raise InputError(str(path), "a JSON object", type(value).__name__, AGAIN)
@@ -118,4 +129,4 @@ def _read(path: Path, expected: str, read: Callable[[], R]) -> R:
         raise InputError(str(path), expected, " ".join(str(error).split()), AGAIN) from error
 
 
-__all__ = ["MARKS", "Record", "read_json", "read_record", "read_text", "require_run"]
+__all__ = ["AGAIN", "MARKS", "Record", "read_data", "read_record", "read_text", "require_run"]
