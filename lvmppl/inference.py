@@ -186,7 +186,10 @@ def as_tensors(data: Data) -> dict[str, Tensor]:
                 if tensor.dim()
                 else tensor
             )
-            raise InputError(f"data['{name}']", "no missing values", f"NaN in row {int(rows.flatten()[0])}")
+            fix = "leave such rows out, or put any number there that the model hides by .mask(seen)"
+            raise InputError(
+                f"data['{name}']", "no missing values", f"NaN in row {int(rows.flatten()[0])}", fix
+            )
         result[name] = tensor
     return result
 

@@ -381,7 +381,8 @@ def test_value_outside_the_support_is_named_and_no_plate_is_blamed(columns: int 
     x.view(5, -1)[3, -1] = 2.5
     with pytest.raises(ModelError) as caught:
         lvmppl.posterior(model, {"x": x})
+    where = "in row 3" if columns is None else "in row 3, entry 1"
     assert str(caught.value) == (
         "site 'x' in plate data: expected values in the support of Poisson, IntegerGreaterThan(lower_bound=0), got numbers "
-        "such as 2.5; change the data (their columns, their scale) or the distribution"
+        f"such as 2.5 {where}; change the data (their columns, their scale) or the distribution"
     )

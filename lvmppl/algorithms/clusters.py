@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from lvmppl.algorithms.problem import Problem
-from lvmppl.density import Evaluation, Variable
+from lvmppl.density import Evaluation, SiteView, Variable
 
 _FEW = 2**16  # rows that the means are found on, evenly spaced; all rows are then assigned to them
 _ROUNDS = 10  # of k-means that follow a random start
@@ -26,9 +26,13 @@ class Labels:
     Vassilvitskii 2007) a few rounds of k-means, which dissolve clusters of so few rows that their covariance would
     collapse. Fully random responsibilities start every component at the mean of all data and often end with two of
     them sharing a cluster.
+
+    What a mask hides does not count: rows without any other entry have no part in it, and a hidden entry lies at the mean
+    of its column. views: of the model's run on these data, whose observed values are the data or parts of them.
     """
 
     problem: Problem
+    views: Mapping[str, SiteView]
     clouds: dict[tuple[int, int | None], Cloud | None] = field(default_factory=dict)
 
     def __call__(self, how: str, evaluation: Evaluation, generator: torch.Generator) -> dict[str, Tensor]:
@@ -39,7 +43,7 @@ class Labels:
                 continue
             key = (variable.size, variable.steps)
             if key not in self.clouds:
-                self.clouds[key] = _cloud(self.problem, variable)
+                self.clouds[key] = _cloud(self.problem, self.views, variable)
             cloud = self.clouds[key]
             if cloud is None or (how == "random" and not cloud.is_floating):
                 continue
@@ -55,7 +59,7 @@ class Labels:
 class Cloud:
     """What is clustered: data with a row a state, those rows that count, and some of them standardised [n, D]."""
 
-    flat: Sequence[Tensor]
+    flat: Sequence[Columns]
     kept: Tensor
     shape: torch.Size
     few: Tensor
@@ -87,10 +91,23 @@ class Cloud:
         return labels.reshape(self.shape)
 
     def standardised(self, rows: Tensor) -> Tensor:
-        return (_features(self.flat, rows) - self.mean) / self.deviation
+        return _standardised(self.flat, rows, self.mean, self.deviation)
 
 
-def _cloud(problem: Problem, variable: Variable) -> Cloud | None:
+@dataclass(frozen=True)
+class Columns:
+    """One tensor of the data, a row a state, and which of its entries no mask hides (None: all)."""
+
+    values: Tensor
+    visible: Tensor | None
+
+    @property
+    def shown(self) -> Tensor:
+        """With 0 in the place of what is hidden."""
+        return self.values if self.visible is None else torch.where(self.visible, self.values, 0)
+
+
+def _cloud(problem: Problem, views: Mapping[str, SiteView], variable: Variable) -> Cloud | None:
     """None where the data have no row a state ([N], or [N, T] of a chain), too few, or such as are no numbers."""
     axes = 1 if variable.steps is None else 2
     fitting = [
@@ -100,21 +117,50 @@ def _cloud(problem: Problem, variable: Variable) -> Cloud | None:
     fitting = floating or fitting
     if not fitting:
         return None
-    valid = torch.ones(fitting[0].shape[:axes], dtype=torch.bool)
+    shape_of_states = fitting[0].shape[:axes]
+    valid = torch.ones(shape_of_states, dtype=torch.bool)
     if variable.steps is not None and variable.lengths is not None:
         valid &= torch.arange(variable.steps) < variable.lengths.reshape(-1, 1)
-    flat = [t.reshape(valid.numel(), -1) for t in fitting]
-    kept = torch.nonzero(valid.flatten()).flatten()
+    flat = []
+    for tensor in fitting:
+        seen = _visible(tensor, views.values())
+        shape = (valid.numel(), -1)
+        flat.append(Columns(tensor.reshape(shape), None if seen is None else seen.reshape(shape)))
+    valid = valid.flatten()
+    if all(c.visible is not None for c in flat):
+        valid = valid & torch.stack([c.visible.any(-1) for c in flat if c.visible is not None]).any(0)
+    kept = torch.nonzero(valid).flatten()
     if variable.size > len(kept):
         return None
     few = kept
     if len(kept) > _FEW:
         few = kept[torch.linspace(0, len(kept) - 1, _FEW).long()]
-    rows = _features(flat, few)
-    if not all(bool(t.isfinite().all()) for t in flat):
+    if not all(bool(c.shown.isfinite().all()) for c in flat):
         return None
-    mean, deviation = rows.mean(0), rows.std(0, unbiased=False).clamp_min(1e-12)
-    return Cloud(flat, kept, valid.shape, (rows - mean) / deviation, mean, deviation, bool(floating))
+    mean, deviation = _moments(flat, few)
+    rows = _standardised(flat, few, mean, deviation)
+    return Cloud(flat, kept, shape_of_states, rows, mean, deviation, bool(floating))
+
+
+def _visible(tensor: Tensor, views: Iterable[SiteView]) -> Tensor | None:
+    """Which entries of a data tensor are not hidden at every site that observes them; None where all count."""
+    place, size = tensor.untyped_storage(), tensor.untyped_storage().nbytes() // tensor.element_size()
+    sites = [v for v in views if v.observed and isinstance(v.given, Tensor) and v.given.dtype == tensor.dtype]
+    sites = [v for v in sites if v.given.untyped_storage().data_ptr() == place.data_ptr()]
+    if all(v.visible is None for v in sites):
+        return None
+    hidden, shown = torch.zeros(2, size, dtype=torch.bool)
+    where = torch.arange(size)
+    for view in sites:
+        given = view.given
+        at = where.as_strided(given.shape, given.stride(), given.storage_offset())
+        seen = (
+            torch.ones_like(at, dtype=torch.bool) if view.visible is None else view.visible.expand(at.shape)
+        )
+        shown[at[seen]] = True
+        hidden[at[~seen]] = True
+    visible: Tensor = ~(hidden & ~shown).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return visible
 
 
 def _spread(rows: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -151,5 +197,30 @@ def _nearest(rows: Tensor, means: Tensor) -> Tensor:
     return (means.square().sum(-1) / 2 - rows @ means.T).argmin(-1)
 
 
-def _features(flat: Sequence[Tensor], rows: Tensor) -> Tensor:
-    return torch.cat([t.index_select(0, rows).double() for t in flat], -1)
+def _moments(flat: Sequence[Columns], rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the columns over the visible entries of some rows."""
+    x, counting = _features(flat, rows), _counting(flat, rows)
+    if counting is None:
+        return x.mean(0), x.std(0, unbiased=False).clamp_min(1e-12)
+    number = counting.sum(0).clamp_min(1)
+    mean = x.sum(0) / number
+    variance = torch.where(counting, x - mean, 0.0).square().sum(0) / number
+    return mean, variance.sqrt().clamp_min(1e-12)
+
+
+def _standardised(flat: Sequence[Columns], rows: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """Rows in standard units; 0 where an entry is hidden."""
+    x, counting = (_features(flat, rows) - mean) / deviation, _counting(flat, rows)
+    return x if counting is None else torch.where(counting, x, 0.0)
+
+
+def _features(flat: Sequence[Columns], rows: Tensor) -> Tensor:
+    return torch.cat([c.shown.index_select(0, rows).double() for c in flat], -1)
+
+
+def _counting(flat: Sequence[Columns], rows: Tensor) -> Tensor | None:
+    """Which entries of the features count; None: all."""
+    if all(c.visible is None for c in flat):
+        return None
+    parts = (torch.ones_like(c.values, dtype=torch.bool) if c.visible is None else c.visible for c in flat)
+    return torch.cat([p.index_select(0, rows) for p in parts], -1)

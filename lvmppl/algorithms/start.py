@@ -78,9 +78,11 @@ def start_together(
     if not tables.is_one_piece or problem.num_rows > CHUNK or not problem.model.structure.enumerated:
         each = [start_values(problem, init, r, restarts, plan) for r in range(restarts)]
         return {n: torch.stack([own[n] for own in each]) for n in problem.theta}
-    rows, labelled = Rows(problem.num_rows), Labels(problem)
+    rows = Rows(problem.num_rows)
     with torch.no_grad():
-        evaluation = problem.model.evaluate(problem.data, problem.initial, rows)
+        views, evaluation = problem.model.view(problem.data, problem.initial, rows)
+        evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
+    labelled = Labels(problem, views)
     dims = {f.site: f.dims for f in evaluation.factors}
     (piece,) = tables.pieces()
     parts = []
@@ -115,8 +117,8 @@ def _responsibilities(problem: Problem, how: str, restart: int) -> Iterator[Piec
     """The weights of every factor, chunk by chunk of the data."""
     generator = _generator(problem, restart)
     with torch.no_grad():
-        _, evaluation = problem.model.view(problem.data, problem.initial)
-    labels = Labels(problem)(how, evaluation, generator)
+        views, evaluation = problem.model.view(problem.data, problem.initial)
+    labels = Labels(problem, views)(how, evaluation, generator)
     begin = 0
     for data, rows in chunks(problem):
         model = _at_draws(problem, data, rows, generator) if problem.integrates else problem.model

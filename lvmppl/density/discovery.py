@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.handlers import Answer, Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
+from lvmppl.density.observed import check_observed
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
 from lvmppl.distributions import MarkovChain
@@ -74,6 +75,7 @@ def discover(
     with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite:
         program(data, weights)
     sites, sizes, axes = _read_sites(tracer.trace)
+    check_observed({n: s for n, s in tracer.trace.nodes.items() if is_sample(s)})
     plate = (
         model.data_plate if model is not None else _find_data_plate(tracer.trace, total, data_plate, sizes)
     )

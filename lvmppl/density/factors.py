@@ -19,6 +19,7 @@ from lvmppl.bilinear import log_density
 from lvmppl.density.discovery import family_name, is_sample
 from lvmppl.density.enumeration import check_table
 from lvmppl.density.handlers import EnumeratedChain
+from lvmppl.density.observed import first_entry, place_of, visible_entries, with_visible
 from lvmppl.density.structure import (
     PARTICLES,
     Drawing,
@@ -78,7 +79,8 @@ def build_evaluation(
                     score_factors.extend(own)
     if drawing.particles > 1:
         sizes[PARTICLES] = drawing.particles
-    model_sites = {} if model_trace is None else {n: s for n, s in model_trace.nodes.items() if is_sample(s)}
+    nodes = {} if model_trace is None else model_trace.nodes
+    model_sites = {n: with_visible(s) for n, s in nodes.items() if is_sample(s)}
     for name, site in model_sites.items():
         _register(name, site, variables, sizes, names)
     factors: list[Factor] = []
@@ -236,13 +238,12 @@ def _naming(name: str, site: Any) -> Iterator[None]:
     except InputError:
         raise
     except (ValueError, RuntimeError, IndexError) as error:
-        fn, plates = site["fn"], _plates_of(site)
-        where = f"site '{name}'{f' in plate {plates}' if plates else ''}"
+        fn, where = site["fn"], place_of(site, name)
         if "within the support" in str(error):
             support = getattr(fn.support, "base_constraint", fn.support)  # of one entry of an event
-            wrong = site["value"][~torch.as_tensor(support.check(site["value"]))]
+            wrong = ~torch.as_tensor(support.check(site["value"]))
             expected = f"values in the support of {family_name(fn)}, {support}"
-            got = f"numbers such as {float(wrong.flatten()[0]):g}"
+            got = f"numbers such as {first_entry(site['value'], wrong)}"
             fix = "change the data (their columns, their scale) or the distribution"
             raise ModelError(where, expected, got, fix) from error
         detail = " ".join(str(error).split())[:300]
@@ -317,7 +318,8 @@ def build_views(
     if plate is not None:
         sizes.setdefault(plate, rows.size)
     views = {}
-    for name, site in nodes.items():
+    for name, given in nodes.items():
+        site = with_visible(given)
         axis_names = _axis_names(site, names, extra)
         plates = frozenset(f.name for f in site["cond_indep_stack"] if f.vectorized)
         scale: float | Tensor = site["scale"]
@@ -330,7 +332,7 @@ def build_views(
         compute = functools.partial(_factors, name, site, rows, plate, names, extra, variables)
         views[name] = SiteView(
             name, site["fn"], site["value"], observed, site["mask"], scale, scale_dims, axis_names, plates, compute,
-            _chain_steps(variables, axis_names),
+            _chain_steps(variables, axis_names), given["value"], visible_entries(given) if observed else None,
         )  # fmt: skip
     return views, Evaluation((), (), variables, frozenset(), sizes)
 

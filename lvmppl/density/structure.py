@@ -128,6 +128,10 @@ class SiteView:
     plates: frozenset[str]
     factors: Callable[[], list[Factor]]
     steps: frozenset[int] = frozenset()
+    given: Any = (
+        None  # an observed value as it was handed in, in which `visible` says what counts (None: all)
+    )
+    visible: Tensor | None = None
 
 
 @dataclass(frozen=True)
