@@ -102,8 +102,9 @@ class _Run:
             self._without_tables(_ELSEWHERE)
 
     def together(self) -> list[Trajectory] | None:
-        """All restarts in one tensor program; None where the model is not in tables, or turns out not to be."""
-        if self.tables is None:
+        """All restarts in one tensor program; None where the model is not in tables, or turns out not to be, or
+        its M-step takes rounds, each restart its own number."""
+        if self.tables is None or self.plan.cycles > 1:
             return None
         with contextlib.suppress(_NotTheModel):
             done = _Batch(self, self.tables).run()
