@@ -39,7 +39,7 @@ class ContinuousPosterior:
     no bound. log_evidence_error bounds the absolute error of the total: 0 for the Gaussian, ∞ for an estimate; of a
     Gaussian path so stiff that rounding of its precision shows, an estimate too, the error is finite.
     constant: what factors outside of the data plate add to the log evidence, where rows are data; by the states of the
-    sites that rows share.
+    sites that rows share. singly: the model takes one value of its continuous sites at a time.
     """
 
     kernel: Kernel
@@ -49,6 +49,7 @@ class ContinuousPosterior:
     engine: str
     constant: Tensor
     proven: bool = True
+    singly: bool = False
 
     def __repr__(self) -> str:
         sites = ", ".join((*self.layout.discrete, *self.layout.summed, *(b.name for b in self.layout.blocks)))

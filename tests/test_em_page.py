@@ -16,7 +16,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "em.md"
 
 def test_every_block_of_the_page_on_em_holds() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 7
+    assert len(blocks) == 8
     space: dict[str, Any] = {"__name__": "em"}
     with isolated(0, torch.float32):
         for block in blocks:

@@ -81,9 +81,29 @@ def test_logistic_regression_of_a_matrix_product_equals_scipy_quadrature() -> No
     assert post.log_evidence == pytest.approx(expected, abs=1e-6)
 
 
+def test_three_weights_of_a_logistic_regression_equal_gauss_hermite() -> None:
+    """More points than could be run one by one: the model is mapped over them."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(40)
+    grid = np.stack(np.meshgrid(nodes, nodes, nodes), -1).reshape(-1, 3)
+    mass = np.prod(np.stack(np.meshgrid(weights, weights, weights), -1).reshape(-1, 3), -1)
+    signs = 2.0 * (Y > 0).double().numpy() - 1.0
+    likelihood = (1.0 / (1.0 + np.exp(-signs * (grid @ X.numpy().T)))).prod(-1)
+    expected = np.log((likelihood * mass).sum() / (2.0 * np.pi) ** 1.5)
+    post = lvmppl.posterior(logistic, {"x": X, "y": (Y > 0).double()})
+    assert post.log_evidence == pytest.approx(expected, abs=1e-6)
+
+
 def test_too_many_single_points_are_refused() -> None:
+    """What is mapped over points cannot be read as a number."""
+
+    def model(x: Tensor, y: Tensor) -> None:
+        w = pyro.sample("w", normal(1.0, x.shape[1]).to_event(1))
+        assert np.isfinite(float(w.detach().reshape(-1)[0]))
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
+
     with pytest.raises(IntractableError, match=r"takes many values of w at once.*\(x \* w\).sum\(-1\)"):
-        lvmppl.posterior(logistic, {"x": X, "y": (Y > 0).double()})
+        lvmppl.posterior(model, {"x": X, "y": (Y > 0).double()})
 
 
 def test_how_a_model_is_run_is_found_once_for_all_rows() -> None:
@@ -149,7 +169,14 @@ def test_single_points_with_an_enumerated_site_equal_the_sum_over_its_states() -
 
 
 @pytest.mark.parametrize("model", [labelled_rows, labelled_sum])
-def test_more_single_points_than_a_sum_over_labels_affords_are_refused(model: Callable[..., None]) -> None:
-    """A label of every row is summed out at each of the points that a dense scan needs."""
-    with pytest.raises(IntractableError, match="takes many values of w at once"):
-        lvmppl.posterior(model, {"x": X[:4, :1], "y": Y[:4]})
+def test_labels_summed_at_single_points_equal_scipy_quadrature(model: Callable[..., None]) -> None:
+    x, y = X[:4, :1], Y[:4]
+    slope = x.numpy()[:, 0] if model is labelled_rows else np.ones(4)
+
+    def joint(w: float) -> float:
+        each = stats.norm.pdf(y.numpy()[:, None], slope[:, None] * w + np.arange(2), 0.5) * LABELS.numpy()
+        return float(stats.norm.pdf(w) * each.sum(1).prod())
+
+    expected = np.log(integrate.quad(joint, -12.0, 12.0, epsabs=0, epsrel=1e-11)[0])
+    post = lvmppl.posterior(model, {"x": x, "y": y})
+    assert post.log_evidence == pytest.approx(expected, abs=1e-6)

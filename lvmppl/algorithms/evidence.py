@@ -203,4 +203,7 @@ def require_exact(problem: Problem, algorithm: str) -> None:
         exact_posterior(replace(problem, data=few), problem.initial)
     except IntractableError as error:
         where = f"fit '{problem.name}', algorithm {algorithm}"
-        raise IntractableError(where, error.expected, error.got, error.fix) from error
+        shared, fix = problem.model.structure.shared, error.fix
+        if shared:
+            fix += f"; {', '.join(shared)} can be fitted by MAP if the parameters of its prior are held (`freeze`)"
+        raise IntractableError(where, error.expected, error.got, fix) from error

@@ -6,7 +6,7 @@ The E-step gives q_s = ∂ log Z/∂ f_s, posterior probabilities at each factor
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,8 +18,9 @@ from lvmppl.algorithms.closed_form import ClosedSite
 from lvmppl.algorithms.evidence import chunks, log_prior
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.statistics import Statistics, accumulate, add_statistics
-from lvmppl.density import POINTS, Coordinates, Evaluation, Factor, Joint, SiteView, Values
-from lvmppl.exact.continuous import held_at
+from lvmppl.continuous_posteriors import ContinuousPosterior
+from lvmppl.density import POINTS, Coordinates, Evaluation, Factor, Joint, Rows, SiteView, Values
+from lvmppl.exact.continuous import held_at, takes_one, values_at
 from lvmppl.exact.elimination import eliminate
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.layout import Layout, is_constant
@@ -39,6 +40,8 @@ class Piece(NamedTuple):
 
     q: dict[str, Tensor]
     model: Joint
+    data: Values
+    rows: Rows
 
 
 Weights = list[Piece]
@@ -54,27 +57,46 @@ def e_step(
     statistics: dict[str, Statistics] = {}
     for data, rows in chunks(problem):
         posterior = None
-        model: Joint = problem.model
         if problem.integrates:
             with torch.no_grad():
                 posterior = continuous_posterior(problem.model, data, values)
-            z, w = posterior.nodes()
-            model = held_at(problem.model, posterior.layout, z)
-        with torch.no_grad():
-            views, evaluation = model.view(data, values, rows)
-            evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
-        if posterior is None:
-            value, q = factor_weights(evaluation, problem.data_plate)
-        else:
-            value = posterior.log_evidence + float(log_prior(problem, evaluation.factors))
-            q = point_weights(evaluation, Named(w, (POINTS, *posterior.row_dims)))
-            if posterior.layout.summed:
-                q.update(summed_weights(problem.model, evaluation, posterior.layout, w))
-        total += value
-        if keep_weights:
-            weights.append(Piece(q, model))
-        add_up(views, evaluation, q, sites, statistics)
+            total += posterior.log_evidence
+        for number, (model, w) in enumerate(_held(problem.model, posterior)):
+            with torch.no_grad():
+                views, evaluation = model.view(data, values, rows)
+                factors = tuple(f for v in views.values() for f in v.factors())
+                evaluation = replace(evaluation, factors=factors)
+            if posterior is None:
+                value, q = factor_weights(evaluation, problem.data_plate)
+                total += value
+            else:
+                q = point_weights(evaluation, w)
+                if posterior.layout.summed:
+                    q.update(summed_weights(problem.model, evaluation, posterior.layout, w))
+                total += 0.0 if number else float(log_prior(problem, factors))
+            if keep_weights:
+                weights.append(Piece(q, model, data, rows))
+            add_up(views, evaluation, q, sites, statistics, same_rows=number > 0)
     return total, weights, statistics
+
+
+def _held(model: Joint, posterior: ContinuousPosterior | None) -> Iterator[tuple[Joint, Named]]:
+    """The model at the points of its continuous sites, with their weights: at all of them along an axis `POINTS`, or at one
+    after the other where it takes no more at once.
+    """
+    if posterior is None:
+        yield model, Named(torch.ones(()), ())
+        return
+    z, w = posterior.nodes()
+    layout, dims = posterior.layout, (POINTS, *posterior.row_dims)
+    w = w.reshape(w.shape[: len(dims)])
+    if not posterior.singly:
+        yield held_at(model, layout, z), Named(w, dims)
+        return
+    if layout.discrete:
+        raise takes_one(layout, "enumerated sites beside them")
+    for point, weight in zip(z, w, strict=True):
+        yield model.held(values_at(model, layout, point)), Named(weight, dims[1:])
 
 
 def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
@@ -93,16 +115,16 @@ def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
     return result
 
 
-def summed_weights(
-    model: Joint, evaluation: Evaluation, layout: Layout, weights: Tensor
-) -> dict[str, Tensor]:
-    """w_sn ∂ log p(x, z_sn)/∂ f, enumerated sites summed out at the points z_sn of weights [S, *rows], of every factor f
-    that belongs to rows."""
+def summed_weights(model: Joint, evaluation: Evaluation, layout: Layout, weights: Named) -> dict[str, Tensor]:
+    """w_sn ∂ log p(x, z_sn)/∂ f, enumerated sites summed out at the points z_sn of weights [S, *rows], of every factor f that
+    belongs to rows; weights [*rows] of the one point at which the model is held."""
     own = [with_gradient(f) for f in evaluation.factors if not is_constant(f, model, layout)]
     home = layout.home(model.structure.data_plate)
-    scaled = times(Named(weights, (POINTS, *(home or ("",)))), layout.scale).tensor.flatten()
+    points = len(weights.tensor) if POINTS in weights.dims else 1
+    table = Named(weights.tensor.reshape(points, -1), (POINTS, *(home or ("",))))
+    scaled = times(table, layout.scale).tensor.flatten()
     with torch.enable_grad():
-        total = log_joint_at(by_row(evaluation, relative_to(layout.scale, own), home, len(weights)))
+        total = log_joint_at(by_row(evaluation, relative_to(layout.scale, own), home, points))
         counted = torch.where(scaled > 0, scaled * total, torch.zeros_like(total))
         grads = torch.autograd.grad(counted.sum(), [f.log_prob for f in own])
     return {f.site: g for f, g in zip(own, grads, strict=True)}
@@ -114,15 +136,20 @@ def add_up(
     weights: Mapping[str, Tensor],
     sites: Sequence[ClosedSite],
     statistics: dict[str, Statistics],
+    same_rows: bool = False,
 ) -> None:
-    """Add the statistics of one piece of the data to `statistics`, those about a computed location aside."""
+    """Add the statistics of one piece of the data to `statistics`, those about a computed location aside.
+
+    same_rows: the piece is of the rows of the one before, at another point of the continuous sites.
+    """
     dims = {f.site: f.dims for f in evaluation.factors}
     with torch.no_grad():
         for site in (s for s in sites if not s.residual):
             reading = read_factor(views, site.name, site.kind)
             assert reading is not None, "a site's family does not change between steps"
             part = accumulate(reading, Named(weights[site.name], dims[site.name]), site.keep, site.reference)
-            statistics[site.name] = add_statistics(statistics.get(site.name), part, site.by_row)
+            by_row = None if same_rows else site.by_row
+            statistics[site.name] = add_statistics(statistics.get(site.name), part, by_row)
 
 
 def residual_statistics(
@@ -130,16 +157,19 @@ def residual_statistics(
 ) -> dict[str, Statistics]:
     """Expected squares about locations that are computed from θ, the data or continuous sites, at `values`."""
     statistics: dict[str, Statistics] = {}
-    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
+    before: Values | None = None
+    for piece in weights:
+        same_rows, before = piece.data is before, piece.data
         with torch.no_grad():
-            views, _ = piece.model.view(data, values, rows)
+            views, _ = piece.model.view(piece.data, values, piece.rows)
             for site in sites:
                 reading = read_factor(views, site.name, site.kind)
                 assert reading is not None, "a site's family does not change between steps"
                 view = views[site.name] if site.name in views else views[site.name.removesuffix(TRANSITION)]
                 dims = next(f.dims for f in view.factors() if f.site == site.name)
                 part = accumulate(reading, Named(piece.q[site.name], dims), site.keep, None)
-                statistics[site.name] = add_statistics(statistics.get(site.name), part, site.by_row)
+                by_row = None if same_rows else site.by_row
+                statistics[site.name] = add_statistics(statistics.get(site.name), part, by_row)
     return statistics
 
 
@@ -171,8 +201,8 @@ def weighted(factors: Sequence[Factor], weights: Mapping[str, Tensor]) -> Tensor
 def expected_log_joint(problem: Problem, values: Values, weights: Weights) -> Tensor:
     """Q(θ) = Σ_s ⟨q_s, f_s(θ)⟩ over all data."""
     total: Tensor | None = None
-    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
-        part = weighted(piece.model.evaluate(data, values, rows).factors, piece.q)
+    for piece in weights:
+        part = weighted(piece.model.evaluate(piece.data, values, piece.rows).factors, piece.q)
         total = part if total is None else total + part
     assert total is not None
     return total

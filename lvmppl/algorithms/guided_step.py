@@ -61,7 +61,7 @@ def guided_e_step(
             total = expected_log_joint(evaluation, weights, problem.data_plate)
             grads = torch.autograd.grad(total, leaves)
         q = {f.site: g for f, g in zip(factors, grads, strict=True)}
-        pieces.append(Piece(q, model))
+        pieces.append(Piece(q, model, data, rows))
         add_up(views, evaluation, q, sites, statistics)
     return pieces, statistics
 

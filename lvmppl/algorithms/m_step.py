@@ -75,9 +75,9 @@ def describe_m_step(problem: Problem) -> list[tuple[str, str, str]]:
 
 
 def _proposed(problem: Problem) -> Plan:
-    probed = held(problem)
+    probed, other = held(problem)
     try:
-        proposal = propose(probed)
+        proposal = propose(probed, other)
     except Exception as error:  # the model may refuse values it was never meant to see
         why = f"the model does not run at probe values ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
         return Plan((), tuple(step_of(problem, n, "gradient", why) for n in problem.theta))

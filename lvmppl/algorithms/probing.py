@@ -19,8 +19,8 @@ from lvmppl.algorithms.evidence import is_chunkable
 from lvmppl.algorithms.integrated import IntegratedJoint
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.spellings import SPELLINGS, Spelling
-from lvmppl.density import POINTS, Rows, SiteView, Values, isolated, unvalidated
-from lvmppl.exact.continuous import held_at
+from lvmppl.density import POINTS, Joint, Rows, SiteView, Values, isolated, unvalidated
+from lvmppl.exact.continuous import held_at, values_at
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.named import Named
 from lvmppl.exponential import Reading, read_factors
@@ -105,27 +105,32 @@ def probe_indices(total: int, limit: int = PROBE_ROWS) -> Tensor:
     return torch.linspace(0, total - 1, limit).long()
 
 
-def held(problem: Problem) -> Problem:
+def held(problem: Problem) -> tuple[Problem, Joint | None]:
     """The problem on the rows to probe, its continuous sites at points of their posterior at the start values.
 
-    Of q where this is integrated.
+    Of q where this is integrated. Where the model takes one point at a time, at one, and the model at another besides.
     """
     data, rows = probe_rows(problem)
     if not problem.integrates:
-        return replace(problem, data=data)
+        return replace(problem, data=data), None
     if isinstance(problem.guided, IntegratedJoint):
         index = None if rows.size == problem.num_rows else probe_indices(problem.num_rows, rows.size)
         model = problem.guided.at_all_points(data, problem.initial, Rows(rows.size, index))
-        return replace(problem, data=data, model=model)
+        return replace(problem, data=data, model=model), None
     with torch.no_grad():
         posterior = continuous_posterior(problem.model, data, problem.initial)
-    return replace(problem, data=data, model=held_at(problem.model, posterior.layout, posterior.nodes()[0]))
+    points, layout = posterior.nodes()[0], posterior.layout
+    if not posterior.singly or layout.discrete:
+        return replace(problem, data=data, model=held_at(problem.model, layout, points)), None
+    one, other = (problem.model.held(values_at(problem.model, layout, point)) for point in points[:2])
+    return replace(problem, data=data, model=one), other
 
 
-def propose(problem: Problem) -> Proposal:
+def propose(problem: Problem, other: Joint | None = None) -> Proposal:
     """Probe the model twice, in float64, and match.
 
-    problem: its model's continuous sites held at points, if it has any (`held`).
+    problem: its model's continuous sites held at points, if it has any (`held`). other: the model for the second time, so
+    that what moves with these sites is not taken for constant.
 
     Raises whatever the model raises at the probe values.
     """
@@ -139,7 +144,8 @@ def propose(problem: Problem) -> Proposal:
             views, _ = problem.model.view(data, leaves, rows)
             readings = {n: _readings(v) for n, v in views.items()}
         with torch.no_grad():
-            again = {n: read_factors(v) for n, v in problem.model.view(data, second, rows)[0].items()}
+            moved = problem.model if other is None else other.to(torch.float64)
+            again = {n: read_factors(v) for n, v in moved.view(data, second, rows)[0].items()}
         match = Matcher(problem, {n: v.detach() for n, v in first.items()}, second)
         uses, opaque = {}, {}
         for name, view in views.items():

@@ -155,7 +155,7 @@ def build_problem(
     rebuild: dict[str, Any] | None = None
     program = Program(model, "model")
     given = start or {}
-    structure, trace = discover(program, data, data_plate, lift=lift, answer=_answers(given))
+    structure, trace = discover(program, data, data_plate, lift=lift, answer=_answers(given), frozen=frozen)
     _check_observed(structure)
     guided = None
     initial: dict[str, Tensor] = {n: s.initial for n, s in structure.parameters.items()}

@@ -105,9 +105,9 @@ def start_together(
 
 def _statistics_of(problem: Problem, plan: Plan, weights: Iterable[Piece]) -> dict[str, Statistics]:
     statistics: dict[str, Statistics] = {}
-    for (data, rows), piece in zip(chunks(problem), weights, strict=True):
+    for piece in weights:
         with torch.no_grad():
-            views, evaluation = piece.model.view(data, problem.initial, rows)
+            views, evaluation = piece.model.view(piece.data, problem.initial, piece.rows)
             evaluation = replace(evaluation, factors=tuple(f for v in views.values() for f in v.factors()))
         add_up(views, evaluation, piece.q, plan.sites, statistics)
     return statistics
@@ -124,7 +124,7 @@ def _responsibilities(problem: Problem, how: str, restart: int) -> Iterator[Piec
         model = _at_draws(problem, data, rows, generator) if problem.integrates else problem.model
         with torch.no_grad():
             evaluation = model.evaluate(data, problem.initial, rows)
-        yield Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model)
+        yield Piece(_weights_of(evaluation, problem, rows, labels, begin, generator), model, data, rows)
         begin += rows.size
 
 
@@ -138,6 +138,8 @@ def _at_draws(problem: Problem, data: Values, rows: Rows, generator: torch.Gener
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(int(torch.randint(2**31 - 1, (), generator=generator)))
         views, _ = model.view(data, problem.initial, rows)
+    if not structure.enumerated:
+        return model.held({name: views[name].value for name in structure.continuous})
     points = {}
     for name in structure.continuous:
         value, event = views[name].value, len(structure.sites[name].event_shape)

@@ -20,7 +20,7 @@ from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.handlers import Answer, Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
 from lvmppl.density.observed import check_observed
 from lvmppl.density.programs import Program
-from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values
+from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values, shared_continuous
 from lvmppl.distributions import MarkovChain
 from lvmppl.errors import InputError, ModelError
 
@@ -53,10 +53,13 @@ def discover(
     model: Structure | None = None,
     lift: bool | Collection[str] = False,
     answer: Answer | None = None,
+    frozen: Collection[str] = (),
 ) -> tuple[Structure, Any]:
     """Run `program` once on all rows and learn its parameters, sites and plates: (structure, trace of the run).
 
-    lift: whether continuous latent sites outside of the data plate become parameters with a prior: all, or those named.
+    lift: whether continuous latent sites outside of the data plate become parameters with a prior: all whose prior holds no
+    parameter but those of `frozen`, or those named. (θ and its own prior have no joint maximum: the density of effects
+    a ~ N(μ, τ²) has no bound as τ → 0. Such a site stays latent, to be integrated out.)
     answer: where parameters of a `pyro.param` statement stand in this run, from name, constraint and start; at their
     start if None.
 
@@ -87,8 +90,12 @@ def discover(
     parameters = {name: ParameterSpec(name, constraints.real, w.clone()) for name, w in weights.items()}
     for name, (constraint, event_dim, start, frames) in found.found.items():
         parameters.setdefault(name, _parameter_spec(name, constraint, event_dim, start, frames, plate, total))
-    for name in _liftable(sites, plate):
-        if lift is True or (lift is not False and name in lift):
+    liftable = shared_continuous(sites, plate) if lift is not False else []
+    if lift is True:
+        fitted = _under_fitted_priors(program, data, weights, found, frozen, liftable)
+        lift = [n for n in liftable if n not in fitted]
+    for name in liftable:
+        if lift is not False and name in lift:
             fn: Any = tracer.trace.nodes[name]["fn"]
             parameters[name] = ParameterSpec(name, _domain(fn), _median(fn), is_site=True)
             sites[name] = replace(sites[name], kind="parameter")
@@ -128,11 +135,27 @@ def check_plates(role: str, trace: Any, rows: int, data_plate: str | None) -> di
     return sizes
 
 
-def _liftable(sites: Mapping[str, SiteInfo], plate: str | None) -> list[str]:
-    """Global continuous latents: outside of the data plate of a model that has one."""
-    if plate is None:
+def _under_fitted_priors(
+    program: Program,
+    data: Values,
+    weights: Values,
+    found: Discovery,
+    frozen: Collection[str],
+    sites: Sequence[str],
+) -> list[str]:
+    """Those of the sites whose distribution depends on a parameter that moves, or on a draw that does."""
+    if not sites:
         return []
-    return [n for n, s in sites.items() if s.kind == "latent" and not s.discrete and plate not in s.plates]
+
+    def moving(name: str, value: Tensor) -> Tensor:
+        return value.detach().requires_grad_(name not in frozen and value.is_floating_point())
+
+    again = Discovery(weights, lambda name, *_: moving(name, found.answered(name)))
+    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING, limited=True)
+    with torch.enable_grad(), again, poutine.trace() as tracer, enumeration, EnumerateChains():
+        program(data, {n: moving(n, w) for n, w in weights.items()})
+    nodes: Any = tracer.trace.nodes
+    return [n for n in sites if nodes[n]["fn"].log_prob(nodes[n]["value"].detach()).requires_grad]
 
 
 def _domain(fn: Any) -> Constraint:

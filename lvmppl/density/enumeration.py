@@ -65,6 +65,14 @@ class Enumeration(EnumMessenger):
             self.watching.enter_context(TableLimit(self, self.first_available_dim))
             self.limited = False
 
+    def _pyro_post_sample(self, msg: Any) -> None:
+        """The axes of a value that torch.vmap carries are read from its shape: `.data`, where Pyro looks, has none."""
+        value = msg["value"]
+        if isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value):
+            msg["value"] = torch.empty(value.shape, device="meta")
+        super()._pyro_post_sample(msg)
+        msg["value"] = value
+
     def _too_many(self, msg: Any) -> ModelError:
         first, size, _ = next(iter(self.axes.values()))
         return ModelError(

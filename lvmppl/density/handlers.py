@@ -66,7 +66,7 @@ class Discovery(Messenger):
     def _pyro_param(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.found:
-            msg["value"], msg["done"] = self._answer(name), True
+            msg["value"], msg["done"] = self.answered(name), True
             return
         if len(msg["args"]) > 1 and id(msg["args"][1]) in self.own:
             return
@@ -85,9 +85,10 @@ class Discovery(Messenger):
         # A PyroParam is stated wherever it is looked up; without an event_dim it is no table of the plates around.
         frames = () if len(msg["args"]) == 1 and event_dim is None else tuple(msg["cond_indep_stack"])
         self.found[name] = (constraint, event_dim, start, frames)
-        msg["value"], msg["done"] = self._answer(name), True
+        msg["value"], msg["done"] = self.answered(name), True
 
-    def _answer(self, name: str) -> Tensor:
+    def answered(self, name: str) -> Tensor:
+        """The value at which a parameter that was found stands."""
         constraint, _, start, _ = self.found[name]
         return start if self.answer is None else self.answer(name, constraint, start)
 

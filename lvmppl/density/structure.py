@@ -175,6 +175,18 @@ class Structure:
         """Latent sites that are not enumerated."""
         return tuple(s.name for s in self.sites.values() if s.kind == "latent")
 
+    @property
+    def shared(self) -> list[str]:
+        """Continuous latents that the data share."""
+        return shared_continuous(self.sites, self.data_plate)
+
+
+def shared_continuous(sites: Mapping[str, SiteInfo], plate: str | None) -> list[str]:
+    """Global continuous latents: outside of the data plate of a model that has one."""
+    if plate is None:
+        return []
+    return [n for n, s in sites.items() if s.kind == "latent" and not s.discrete and plate not in s.plates]
+
 
 @dataclass(frozen=True)
 class Drawing:

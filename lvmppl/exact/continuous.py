@@ -58,14 +58,39 @@ def _placed(joint: Joint, layout: Layout, block: Block, z: Tensor) -> Tensor:
     return part.reshape(*part.shape[:lead], *shape, *block.event_shape)
 
 
+def values_at(joint: Joint, layout: Layout, point: Tensor) -> dict[str, Tensor]:
+    """The sites' values at one point [N?, d] of one configuration, with the axes that their own plates give them."""
+    plain = replace(layout, discrete=(), discrete_sizes=())
+    axes, found = joint.structure.plate_axes, {}
+    for block in layout.blocks:
+        placed = _placed(joint, plain, block, point.unsqueeze(0))
+        own = [-axes[p] for p in joint.structure.sites[block.name].plates]
+        rank = max(own, default=0) + len(block.event_shape)
+        found[block.name] = placed.reshape(placed.shape[placed.dim() - rank :])
+    return found
+
+
+def takes_one(layout: Layout, got: str) -> IntractableError:
+    """What is said of a model that runs with one value of its continuous sites at a time, where that is too few."""
+    names = ", ".join(b.name for b in layout.blocks)
+    return IntractableError(
+        "exact posterior",
+        f"a model that takes many values of {names} at once",
+        f"one that runs with one at a time only, and {got}",
+        "write products so that axes to the left are carried along: (x * w).sum(-1) for x @ w, a[..., g] for a[g]",
+    )
+
+
 @dataclass
 class _Manner:
     """How a model is run at many points (None: not yet known), and the points it was run at one by one.
 
     entries: of the largest summed site of one row at one point, None if not yet known.
+    singly: as it is written it takes one point at a time. mapped: torch.vmap takes it to many all the same.
     """
 
     singly: bool | None
+    mapped: bool | None = None
     evaluated: int = 0
     entries: int | None = None
 
@@ -100,6 +125,11 @@ class LogJointOfModel:
         scale = Named(scale.tensor[index], scale.dims) if scale.dims else scale
         layout = replace(self.layout, plate_sizes=sizes, scale=scale)
         return LogJointOfModel(self.joint, part, self.values, layout, self._manner)
+
+    @property
+    def singly(self) -> bool:
+        """Whether the model was found to take one point at a time."""
+        return bool(self._manner.singly)
 
     def evaluation(self, z: Tensor) -> Evaluation:
         """The factors with the sites held at z."""
@@ -183,7 +213,7 @@ class LogJointOfModel:
         flat = point.reshape(math.prod(sizes), *point.shape[len(sizes) :])
         found = []
         for number in configurations:
-            held = {b.name: self._drawn(b, flat[number]) for b in self.layout.blocks}
+            held = values_at(self.joint, self.layout, flat[number])
             evaluation = self.joint.held(held).evaluate(self.data, self.values)
             states = torch.unravel_index(torch.tensor(number), sizes) if sizes else ()
             chosen = {n: int(k) for n, k in zip(self.layout.discrete, states, strict=True)}
@@ -193,15 +223,12 @@ class LogJointOfModel:
     def _stacked(self, z: Tensor) -> Evaluation:
         """The factors at z [S, *rows, d] from a pass for every point and configuration."""
         sizes = self.layout.discrete_sizes
+        mapped = self._mapped(z)
+        if mapped is not None:
+            return mapped
         self._manner.evaluated += len(z) * math.prod(sizes)
         if self._manner.evaluated > _MAX_SINGLE:
-            names = ", ".join(b.name for b in self.layout.blocks)
-            raise IntractableError(
-                "exact posterior",
-                f"a model that takes many values of {names} at once",
-                f"one that runs with one at a time only, and more than {_MAX_SINGLE:,} points to run it at",
-                "write products so that axes to the left are carried along: (x * w).sum(-1) for x @ w",
-            )
+            raise takes_one(self.layout, f"more than {_MAX_SINGLE:,} points to run it at")
         every = [e for point in z for e in self._alone(point, range(math.prod(sizes)))]
         factors = []
         for parts in zip(*(e.factors for e in every), strict=True):
@@ -210,6 +237,31 @@ class LogJointOfModel:
             dims = (POINTS, *self.layout.discrete, *parts[0].dims)
             factors.append(replace(parts[0], log_prob=table, dims=dims))
         return replace(every[0], factors=tuple(factors))
+
+    def _mapped(self, z: Tensor) -> Evaluation | None:
+        """The same from one run of the model as torch.vmap maps it; None where the model does not go through that."""
+        if self._manner.mapped is False:
+            return None
+        first: list[Evaluation] = []
+
+        def tables(point: Tensor) -> list[list[Tensor]]:
+            first[:] = self._alone(point, range(math.prod(self.layout.discrete_sizes)))
+            return [[f.log_prob for f in e.factors] for e in first]
+
+        try:
+            found = torch.vmap(tables, randomness="different")(z)
+        except (ModelError, RuntimeError):  # reads a value, say
+            if self._manner.mapped:
+                raise
+            self._manner.mapped = False
+            return None
+        self._manner.mapped = True
+        factors = []
+        for own, parts in zip(first[0].factors, zip(*found, strict=True), strict=True):
+            table = torch.stack(parts, 1)
+            table = table.reshape(len(z), *self.layout.discrete_sizes, *table.shape[2:])
+            factors.append(replace(own, log_prob=table, dims=(POINTS, *self.layout.discrete, *own.dims)))
+        return replace(first[0], factors=tuple(factors))
 
     def dependent(self, z: Tensor) -> dict[str, list[str]]:
         """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1; and which
@@ -221,15 +273,6 @@ class LogJointOfModel:
                 f for f in factors if not torch.equal(f.log_prob, f.log_prob[:1].expand_as(f.log_prob))
             ]
         return {f.site: [n for n in self.layout.summed if n in f.dims] for f in factors}
-
-    def _drawn(self, block: Block, point: Tensor) -> Tensor:
-        """One site's value at one point [N?, d] of one configuration, with the axes that its own plates give it."""
-        plain = replace(self.layout, discrete=(), discrete_sizes=())
-        placed = _placed(self.joint, plain, block, point.unsqueeze(0))
-        axes = self.joint.structure.plate_axes
-        own = [-axes[p] for p in self.joint.structure.sites[block.name].plates]
-        rank = max(own, default=0) + len(block.event_shape)
-        return placed.reshape(placed.shape[placed.dim() - rank :])
 
     def factors(self, z: Tensor) -> tuple[Evaluation, list[Factor]]:
         """One pass with the sites held at z, and those of its factors that belong to rows."""

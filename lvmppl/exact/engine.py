@@ -65,10 +65,18 @@ def _continuous_posterior(joint: Joint, data: Values, values: Values) -> Continu
         plates = {n: v.plates for n, v in variables.items()}
         summed = SummedSites(log_joint.factors, found, plates, log_joint.entries, home)
         return SummedPosterior(
-            kernel, layout, variables, plate, engine, constant, proven=not doubt, summed=summed
+            kernel,
+            layout,
+            variables,
+            plate,
+            engine,
+            constant,
+            proven=not doubt,
+            singly=log_joint.singly,
+            summed=summed,
         )
     kind = SharedPosterior if layout.outer else ContinuousPosterior
-    return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt)
+    return kind(kernel, layout, variables, plate, engine, constant, proven=not doubt, singly=log_joint.singly)
 
 
 class _Dependent(NamedTuple):
