@@ -116,8 +116,8 @@ def point_weights(evaluation: Evaluation, weights: Named) -> dict[str, Tensor]:
 
 
 def summed_weights(model: Joint, evaluation: Evaluation, layout: Layout, weights: Named) -> dict[str, Tensor]:
-    """w_sn ∂ log p(x, z_sn)/∂ f, enumerated sites summed out at the points z_sn of weights [S, *rows], of every factor f that
-    belongs to rows; weights [*rows] of the one point at which the model is held."""
+    """w_sn ∂ log p(x, z_sn)/∂ f, enumerated sites summed out at the points z_sn of weights [S, *rows], of every factor f
+    that belongs to rows; weights [*rows] of the one point at which the model is held."""
     own = [with_gradient(f) for f in evaluation.factors if not is_constant(f, model, layout)]
     home = layout.home(model.structure.data_plate)
     points = len(weights.tensor) if POINTS in weights.dims else 1
