@@ -89,6 +89,23 @@ def weights(size: int, name: str = "weights") -> Tensor:
 # ---------------------------------------------------------------------------------------------------- closed form
 
 
+def mixture(x: Tensor, locs: tuple[float, ...], variances: tuple[float, ...]) -> None:
+    """Not a case: each test starts it where it wants it."""
+    size = len(locs)
+    weights = pyro.param(
+        "weights", torch.full((size,), 1 / size, dtype=x.dtype), constraint=constraints.simplex
+    )
+    loc = pyro.param("loc", torch.tensor(locs, dtype=x.dtype))
+    variance = pyro.param("variance", torch.tensor(variances, dtype=x.dtype), constraint=constraints.positive)
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
+        pyro.sample("x", dist.Normal(loc[z], variance[z].sqrt()), obs=x)
+
+
+def points() -> Tensor:
+    return torch.tensor([-2.0, -1.4, -0.1, 0.5, 0.5, 0.5, 1.3, 2.2, 3.1], dtype=torch.float64)
+
+
 @case(line, "first second loc scale")
 def two_causes(x: Tensor) -> None:
     first, second = (

@@ -13,14 +13,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from em_models import CASES, ENUMERATE
+from em_models import CASES, ENUMERATE, mixture, points
 from em_updates import UPDATES as MORE
 from scipy import stats
 from torch import Tensor
 from torch.distributions import constraints
 
 import lvmppl
-from lvmppl.algorithms import em
+from lvmppl.algorithms import em_run
 from lvmppl.algorithms.problem import build_problem
 from lvmppl.density import isolated
 from lvmppl.models.mixture import gaussian_mixture
@@ -161,22 +161,6 @@ def test_em_step_equals_the_textbook_update(update: Update) -> None:
 # ------------------------------------------------------------------------------------------------------ trouble
 
 
-def mixture(x: Tensor, locs: tuple[float, ...], variances: tuple[float, ...]) -> None:
-    size = len(locs)
-    weights = pyro.param(
-        "weights", torch.full((size,), 1 / size, dtype=x.dtype), constraint=constraints.simplex
-    )
-    loc = pyro.param("loc", torch.tensor(locs, dtype=x.dtype))
-    variance = pyro.param("variance", torch.tensor(variances, dtype=x.dtype), constraint=constraints.positive)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
-        pyro.sample("x", dist.Normal(loc[z], variance[z].sqrt()), obs=x)
-
-
-def points() -> Tensor:
-    return torch.tensor([-2.0, -1.4, -0.1, 0.5, 0.5, 0.5, 1.3, 2.2, 3.1], dtype=torch.float64)
-
-
 def test_emptied_component_equals_its_start_with_weight_0() -> None:
     model = functools.partial(mixture, locs=(-1.0, 1.0, 1e4), variances=(1.0, 1.0, 1.0))
     fit = lvmppl.fit(model, {"x": points()}, algorithm="em", max_steps=30, tolerance=0)
@@ -279,13 +263,13 @@ def test_fall_of_log_evidence_ends_the_fit_and_names_step_and_parameter(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = itertools.count(1)
-    solve = em.solve_closed
+    solve = em_run.solve_closed
 
     def faulty(*args: Any) -> Any:
         values, floored = solve(*args)
         return ({**values, "loc": values["loc"] + 5.0} if next(calls) == 3 else values), floored
 
-    monkeypatch.setattr(em, "solve_closed", faulty)
+    monkeypatch.setattr(em_run, "solve_closed", faulty)
     model = functools.partial(mixture, locs=(-1.0, 1.0), variances=(1.0, 1.0))
     fit = lvmppl.fit(model, {"x": points()}, algorithm="em", max_steps=9, tolerance=0)
     assert fit.status == "diverged"

@@ -12,12 +12,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from em_models import ENUMERATE
+from em_models import ENUMERATE, mixture, points
 from torch import Tensor
 from torch.distributions import constraints
 
 import lvmppl
-from lvmppl.algorithms import em
+from lvmppl.algorithms import em_run
 from lvmppl.algorithms.evidence import log_evidence
 from lvmppl.algorithms.m_step import plan_m_step
 from lvmppl.algorithms.maxima import FLOOR, SOLVE, Sums
@@ -29,33 +29,24 @@ from lvmppl.density import unvalidated
 EPS = torch.finfo(torch.float64).eps
 
 
-def mixture(x: Tensor, variances: tuple[float, ...] = (1e-3, 3.0)) -> None:
-    weights = pyro.param("weights", torch.full((2,), 0.5, dtype=x.dtype), constraint=constraints.simplex)
-    loc = pyro.param("loc", torch.tensor([0.5, 0.6], dtype=x.dtype))
-    variance = pyro.param("variance", torch.tensor(variances, dtype=x.dtype), constraint=constraints.positive)
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Categorical(weights), infer=ENUMERATE)
-        pyro.sample("x", dist.Normal(loc[z], variance[z].sqrt()), obs=x)
-
-
-def points() -> Tensor:
-    return torch.tensor([-2.0, -1.4, -0.1, 0.5, 0.5, 0.5, 1.3, 2.2, 3.1], dtype=torch.float64)
+LOCS = (0.5, 0.6)
 
 
 def test_small_fall_of_log_evidence_at_a_floor_ends_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fault is planted long after the floor began to act, and moves a component that is nowhere near it."""
     calls = itertools.count(1)
-    solve = em.solve_closed
+    solve = em_run.solve_closed
 
     def faulty(*args: Any) -> Any:
         values, floored = solve(*args)
         moves = floored and next(calls) == 60
         return ({**values, "loc": values["loc"] + torch.tensor([0.0, 2e-4])} if moves else values), floored
 
-    fine = lvmppl.fit(mixture, {"x": points()}, algorithm="em", max_steps=100, tolerance=0)
+    model = functools.partial(mixture, locs=LOCS, variances=(1e-3, 3.0))
+    fine = lvmppl.fit(model, {"x": points()}, algorithm="em", max_steps=100, tolerance=0)
     assert fine.status == "max_steps" and "floor" in fine.message
-    monkeypatch.setattr(em, "solve_closed", faulty)
-    fit = lvmppl.fit(mixture, {"x": points()}, algorithm="em", max_steps=100, tolerance=0)
+    monkeypatch.setattr(em_run, "solve_closed", faulty)
+    fit = lvmppl.fit(model, {"x": points()}, algorithm="em", max_steps=100, tolerance=0)
     fall = -fit.history["objective"].diff().min()
     assert 2e-8 < fall < 1e-6
     assert fit.status == "diverged" and "at step 60, which updated loc" in fit.message
@@ -77,7 +68,7 @@ def test_start_below_the_floor_equals_a_start_at_the_floor(kind: str, restarts: 
     x = points()
     if kind == "precision":
         floor = float(EPS ** (2 / 3) * x.var(correction=0))
-        low, at = (functools.partial(mixture, variances=(v, 3.0)) for v in (1e-15, floor))
+        low, at = (functools.partial(mixture, locs=LOCS, variances=(v, 3.0)) for v in (1e-15, floor))
     else:
         x = torch.stack([x, x.roll(1).sin() + x], 1)
         x[3:6] = 0.5

@@ -19,7 +19,7 @@ from sklearn.datasets import load_iris
 from torch.distributions import constraints
 
 import lvmppl
-from lvmppl.algorithms import em
+from lvmppl.algorithms import em, em_run
 from lvmppl.algorithms.clusters import _spread
 from lvmppl.algorithms.recorded import Recorded
 from lvmppl.models.mixture import gaussian_mixture
@@ -34,12 +34,12 @@ def both_ways(monkeypatch: pytest.MonkeyPatch, model: Any, data: Any, **options:
     """The fit with its restarts together, which must not have been given up, and one after the other."""
     alone: list[int] = []
     with monkeypatch.context() as patch:
-        one = em._Run.restart
-        patch.setattr(em._Run, "restart", lambda self, number: alone.append(number) or one(self, number))
+        one = em_run.Run.restart
+        patch.setattr(em_run.Run, "restart", lambda self, number: alone.append(number) or one(self, number))
         together = lvmppl.fit(model, data, algorithm="em", **options)
     assert not alone
     with monkeypatch.context() as patch:
-        patch.setattr(em._Run, "together", lambda self: None)
+        patch.setattr(em, "_together", lambda run: None)
         apart = lvmppl.fit(model, data, algorithm="em", **options)
     return [together, apart]
 
