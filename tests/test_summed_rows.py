@@ -340,3 +340,59 @@ def test_narrow_label_far_away_is_not_taken_for_a_gaussian() -> None:
     parts = [stats.norm.logpdf(0.1, 150.0 * c, math.hypot(60.0, s)) for c, s in enumerate((0.5, 0.002))]
     assert post.log_evidence == pytest.approx(np.logaddexp(*parts) + math.log(0.5), abs=1e-6)
     assert post.kind == "quadrature"
+
+
+FLIP = np.array([[0.8, 0.2], [0.3, 0.7]])
+SERIES = torch.tensor(
+    [[0.3, -1.6, -0.8, 1.9, 2.2, 0.4, -0.1, -1.2, 0.9, 1.4, -2.5, 0.7, 0.2]], dtype=torch.float64
+)
+
+
+@pytest.mark.parametrize("steps", [3, 13])
+def test_loop_of_more_states_than_can_be_listed_equals_scipy_quadrature(steps: int) -> None:
+    """2¹³ sequences of states beside a level of the row's own are summed out by elimination, 2³ listed."""
+    x = torch.cat([SERIES, SERIES.flip(1)])[:, :steps]
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            level, z = pyro.sample("level", dist.Normal(x.new_tensor(0.0), 0.6)), 0
+            for t in pyro.markov(range(x.shape[1])):
+                z = pyro.sample(f"z{t}", dist.Categorical(torch.tensor(FLIP)[z]), infer=ENUMERATE)
+                pyro.sample(f"x{t}", dist.StudentT(3.0, torch.tensor(LEVEL)[z] + level, 0.7), obs=x[:, t])
+
+    def joint(level: float, n: int) -> float:
+        seen = stats.t.pdf(x[n].numpy()[:, None], 3, LEVEL + level, 0.7)
+        alpha = FLIP[0] * seen[0]
+        for emission in seen[1:]:
+            alpha = (alpha @ FLIP) * emission
+        return float(alpha.sum() * stats.norm.pdf(level, 0, 0.6))
+
+    post = lvmppl.posterior(model, {"x": x})
+    assert ("summed out at every point" in post.engine) == (steps == 13)
+    for n in range(2):
+        total = math.log(integrate.quad(joint, -6, 6, args=(n,), epsabs=0, epsrel=1e-11)[0])
+        assert post.log_evidence_per_datum[n].item() == pytest.approx(total, rel=1e-8)
+
+
+def test_class_that_moves_the_ability_beside_guesses_equals_scipy_quadrature() -> None:
+    """A summed site on which the continuous one's own prior depends."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", len(y), dim=-2):
+            c = pyro.sample("c", dist.Categorical(y.new_tensor([0.3, 0.7])), infer=ENUMERATE)
+            ability = pyro.sample("ability", dist.Normal(y.new_tensor([-2.0, 1.5])[c], 0.7))
+            with pyro.plate("items", y.shape[1], dim=-1):
+                guess = pyro.sample("guess", dist.Bernoulli(y.new_tensor(GUESS)), infer=ENUMERATE)
+                right = torch.where(guess > 0, HIT, torch.sigmoid(ability - torch.tensor(DIFFICULTY)))
+                pyro.sample("y", dist.Bernoulli(right), obs=y)
+
+    def joint(ability: float, n: int, c: int) -> float:
+        right = (1 - GUESS) / (1 + np.exp(DIFFICULTY - ability)) + GUESS * HIT
+        likelihood = np.where(ANSWERS[n].numpy() > 0, right, 1 - right).prod()
+        return float((0.3, 0.7)[c] * stats.norm.pdf(ability, (-2.0, 1.5)[c], 0.7) * likelihood)
+
+    post = lvmppl.posterior(model, {"y": ANSWERS})
+    for n in range(3):
+        own = [integrate.quad(joint, -9, 9, args=(n, c), epsabs=0, epsrel=1e-11)[0] for c in range(2)]
+        assert post.log_evidence_per_datum[n].item() == pytest.approx(math.log(sum(own)), rel=1e-8)
+        assert post.marginal("c").probs[n, 0].item() == pytest.approx(own[0] / sum(own), abs=1e-7)

@@ -145,6 +145,7 @@ def test_states_in_a_plate_of_each_step_are_summed_at_every_point() -> None:
 
 def test_too_many_sequences_are_refused_with_their_number() -> None:
     with pytest.raises(
-        IntractableError, match=r"s0 \(Categorical\), …, s12.*8,192 configurations \(at most 4,096\)"
+        IntractableError,
+        match=r"s0 \(Categorical\), …, s12.*8,192 configurations \(at most 4,096\) beside more than 3 dim",
     ):
         lvmppl.posterior(lambda x: model(x, 2), {"x": torch.zeros(2, 13, dtype=torch.float64)})

@@ -204,7 +204,7 @@ def relaxed_draw(fn: Any, shape: torch.Size, temperature: float, hard: bool) -> 
 
 
 class Hold(Messenger):
-    """Holds latent sites, which are to be integrated out, at given values.
+    """Readies latent sites that are to be integrated out for their values, which a `Draw` around enumeration gives them.
 
     apart: enumerated sites of a `pyro.markov` loop each keep an axis of their own, as the values do that differ between
     all of their states; else a site that is held takes up none.
@@ -222,7 +222,6 @@ class Hold(Messenger):
             kept = {n: depth for n, depth in scope.items() if n not in self.points}
             msg["infer"]["_markov_scope"] = type(scope)(kept)
         if not msg["is_observed"] and msg["name"] in self.points:
-            msg["value"], msg["done"] = self.points[msg["name"]], True
             _unmask(msg)
 
 

@@ -176,7 +176,8 @@ class HeldJoint(Joint):
 
     @contextmanager
     def _enumeration(self) -> Iterator[None]:
-        with super()._enumeration(), Hold(self.points, self.apart):
+        held = Draw(Drawing(held=self.points), self.first_available_dim)
+        with held, super()._enumeration(), Hold(self.points, self.apart):
             yield
 
     def to(self, dtype: torch.dtype) -> HeldJoint:

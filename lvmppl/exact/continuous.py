@@ -25,7 +25,6 @@ from lvmppl.exact.scales import ratio, relative_to, scale_of, times
 from lvmppl.exact.summed import ByRow, by_row, entries_at_a_point, log_joint_at, pieces_of
 
 MAX_DENSE = 400  # dimensions of a dense Gaussian row
-QUADRATURE_DIMS = 3
 _MAX_SINGLE = 10_000  # points of a model that takes one at a time, some milliseconds each
 
 

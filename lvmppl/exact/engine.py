@@ -14,14 +14,13 @@ from lvmppl.density import Evaluation, Joint, Values, unvalidated
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import (
     MAX_DENSE,
-    QUADRATURE_DIMS,
     LogJointOfModel,
     constant_part,
 )
 from lvmppl.exact.evaluation import ImproperPosterior, NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.hidden import modes_of_terms, sums_of
-from lvmppl.exact.layout import Layout, layout_of
+from lvmppl.exact.layout import QUADRATURE_DIMS, Layout, layout_of
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrained
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities

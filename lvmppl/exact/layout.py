@@ -19,6 +19,7 @@ from lvmppl.exact.scales import UNIT, same_scale, scale_of
 from lvmppl.wording import abridged
 
 MAX_CONFIGURATIONS = 4096
+QUADRATURE_DIMS = 3
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
     outer = [s for s in enumerated if plate not in s.plates]
     single = all(evaluation.variables[s.name].steps is None and not s.plates for s in outer)
     chains = [s for s in enumerated if evaluation.variables[s.name].steps is not None]
-    if outer and (chains or not single or any(s.plates != (plate,) for s in enumerated if s not in outer)):
+    states = math.prod(1 if s in chains else evaluation.variables[s.name].size for s in enumerated)
+    many = bool(chains) or states > MAX_CONFIGURATIONS
+    if outer and (many or not single or any(s.plates != (plate,) for s in enumerated if s not in outer)):
         local = False
     home: set[str] = {plate} if local and plate is not None else set()
     within = any(set(s.plates) - home for s in enumerated)
-    summed = tuple(structure.enumerated) if chains or within else ()
+    summed = tuple(structure.enumerated) if many or within else ()
     blocks, begin, transforms, lengths = [], 0, [], []
     for site in latents:
         inner = tuple(p for p in site.plates if p not in home)
@@ -116,18 +119,18 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
         transforms.append(_transform(site))
         lengths.append(size)
         begin += size
+    if states > MAX_CONFIGURATIONS and begin > QUADRATURE_DIMS:
+        raise _intractable(
+            enumerated,
+            f"{states:,} configurations (at most {MAX_CONFIGURATIONS:,}) beside more than {QUADRATURE_DIMS} dimensions",
+            "use vem or svi",
+        )
     plain = all(t is identity_transform for t in transforms)
     whole = (
         None if plain else transforms[0] if len(transforms) == 1 else CatTransform(transforms, -1, lengths)
     )
     names = () if summed else tuple(reversed(structure.enumerated))  # later sites are enumerated further left
     sizes = tuple(evaluation.variables[n].size for n in names)
-    if math.prod(sizes) > MAX_CONFIGURATIONS:
-        raise _intractable(
-            enumerated,
-            f"{math.prod(sizes):,} configurations (at most {MAX_CONFIGURATIONS:,})",
-            "use vem or svi",
-        )
     scale = _row_scale(latents, evaluation, joint, home)
     shared = tuple(n for n in names if local and n in {s.name for s in outer})
     return Layout(
