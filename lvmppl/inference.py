@@ -52,6 +52,9 @@ def fit(
         IntractableError: the algorithm needs an exact posterior that does not exist.
     """
     parsed = parse_options(algorithm, options, f"fit(algorithm='{algorithm}')")
+    _check_callable("model", model)
+    if guide is not None:
+        _check_callable("guide", guide)
     if algorithm in ("vem", "svi") and guide is None:
         raise InputError(
             f"fit(algorithm='{algorithm}')",
@@ -96,6 +99,7 @@ def posterior(
         IntractableError: there is none; the message names the sites in the way and what to use instead.
         InputError: the data, the model or a parameter is wrong.
     """
+    _check_callable("model", model)
     tensors = as_tensors(data)
     with isolated(derive_seed(0, "posterior"), dtype_of(tensors)):
         problem = build_problem(
@@ -232,6 +236,14 @@ def bind_model(model: Callable[..., Any], args: Mapping[str, Any]) -> Callable[.
         built: Callable[..., Any] = model(**args)
         return built
     return functools.partial(model, **args) if args else model
+
+
+def _check_callable(role: str, value: Any) -> None:
+    """Raise InputError if a model or guide is no function, such as a name that only a YAML knows."""
+    if not callable(value):
+        got = f"the text {value!r}" if isinstance(value, str) else type(value).__name__
+        fix = f"names are for a YAML's `use:`; import the function from lvmppl.{role}s, or write one"
+        raise InputError(f"{role}", f"a {role} function", got, fix)
 
 
 def _guided(guide: Callable[..., Any] | None) -> dict[str, Any]:

@@ -327,3 +327,25 @@ def test_parameters_may_be_lists_and_arrays() -> None:
     for given in (loc, expected.log_evidence_per_datum.new_tensor(loc).numpy()):  # type: ignore[union-attr]
         found = lvmppl.posterior(mixture, {"x": X}, parameters={"loc": given})
         assert found.log_evidence == pytest.approx(expected.log_evidence, rel=1e-14)
+
+
+def test_names_in_the_place_of_functions_are_refused() -> None:
+    with pytest.raises(
+        InputError, match=r"model: expected a model function, got the text 'gaussian_mixture'"
+    ):
+        lvmppl.posterior("gaussian_mixture", {"x": X})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"guide: expected a guide function, got the text 'normal'"):
+        lvmppl.fit(mixture, {"x": X}, algorithm="vem", guide="normal")  # type: ignore[arg-type]
+
+
+def test_enumerated_value_looked_up_by_group_says_what_to_do() -> None:
+    group = torch.tensor([0, 1, 2, 1])
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("groups", 3):
+            z = pyro.sample("z", dist.Categorical(PRIOR), infer=ENUMERATED)
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(LOC[z[..., group]], 1.0), obs=x)
+
+    with pytest.raises(ModelError, match="sample the rows of a group inside the group's plate"):
+        lvmppl.posterior(model, {"x": X})
