@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from lvmppl.errors import InputError, InputErrors
 from lvmppl.settings import (
@@ -89,15 +89,15 @@ class Options(Frozen):
     algorithm: str
     compile: Compile = "auto"
 
-    @field_validator("compile")
-    @classmethod
-    def _is_recorded(cls, value: Compile) -> Compile:
-        if value == "always" and not cls.records:
-            name = cls.model_fields["algorithm"].default
-            raise ValueError(
-                f"auto or never ({name} runs the model function in every step: it has nothing to record)"
-            )
-        return value
+    @property
+    def unrecorded(self) -> str:
+        """What there is to say of an algorithm without such steps that was asked to record them."""
+        asked = self.compile == "always" and not self.records
+        return (
+            f"compile: {self.algorithm} runs the model in every step, it has nothing to record"
+            if asked
+            else ""
+        )
 
     @classmethod
     def known(cls) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from em_models import CASES
@@ -16,7 +18,6 @@ from lvmppl.algorithms.recorded import Recorded
 from lvmppl.density import isolated
 from lvmppl.errors import InputError
 from lvmppl.guides.variational import variational
-from lvmppl.options import parse_options
 
 EM = [
     "two_causes", "markov", "poisson_and_normal", "products_of_bernoullis", "nested_plates", "chain_of_normals",
@@ -125,10 +126,18 @@ def test_always_is_refused_where_nothing_is_recorded() -> None:
         InputError, match="must run the model function: q has no continuous site with a closed form"
     ):
         fitted(case.model, case.data(), "vem", compile="always", guide=variational, max_steps=2)
-    for algorithm in ("enumeration", "svi", "mcmc"):
-        with pytest.raises(
-            InputError, match=rf"fit.compile: expected auto or never \({algorithm} runs.*got 'always'"
-        ):
-            parse_options(algorithm, {"compile": "always"}, "fit")
-        for allowed in ("auto", "never"):
-            assert parse_options(algorithm, {"compile": allowed}, "fit").compile == allowed
+
+
+@pytest.mark.parametrize("algorithm", ["enumeration", "svi", "mcmc"])
+def test_always_says_where_nothing_is_recorded(algorithm: str) -> None:
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(()).double(), 1.0))
+            pyro.sample("x", dist.Poisson(z.exp()), obs=x)
+
+    options: dict[str, Any] = {"num_samples": 8, "warmup": 8} if algorithm == "mcmc" else {"max_steps": 2}
+    if algorithm == "svi":
+        options["guide"] = variational
+    for compile, told in (("always", True), ("auto", False)):
+        fit = lvmppl.fit(model, {"x": X}, algorithm=algorithm, compile=compile, **options)
+        assert (f"{algorithm} runs the model in every step" in fit.message) == told

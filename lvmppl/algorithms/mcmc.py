@@ -63,7 +63,7 @@ def infer(problem: Problem, options: MCMCOptions) -> Fit:
     return Fit(
         algorithm=options.algorithm,
         status="converged" if sampled.trustworthy else "max_steps",
-        message=sampled.verdict,
+        message="; ".join(m for m in (sampled.verdict, options.unrecorded) if m),
         steps=options.warmup + options.num_samples,
         seconds=time.perf_counter() - started,
         parameters={n: problem.initial[n].detach().clone() for n in problem.theta},

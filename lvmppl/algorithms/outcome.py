@@ -48,7 +48,7 @@ def finish(problem: Problem, options: Options, trajectories: Sequence[Trajectory
     return Fit(
         algorithm=options.algorithm,
         status=best.status,
-        message="; ".join(m for m in (best.message, unbounded) if m),
+        message="; ".join(m for m in (best.message, unbounded, options.unrecorded) if m),
         steps=best.steps,
         seconds=seconds,
         parameters={n: best.values[n].detach().clone() for n in problem.theta},

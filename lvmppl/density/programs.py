@@ -123,9 +123,9 @@ _CLASH = re.compile(r'plates "([^"]+)" and "([^"]+)",? collide at dim=(-?\d+)')
 _FIXES = {
     "Shape mismatch inside plate": "give the site the plate's size at the plate's dim, or make that axis part of the event"
     " with .to_event(1)",
-    "is out of bounds for dimension 0 with size 1": "an enumerated site has size 1 along plates that do not tell its elements"
-    " apart; if it is such a value that is indexed here, sample the rows of a group inside the group's plate (an axis more,"
-    " padded under a mask)",
+    "is out of bounds for dimension 0 with size 1": "an enumerated site has size 1 along plates that do not tell its"
+    " elements apart; if it is such a value that is indexed here, sample the rows of a group inside the group's plate"
+    " (an axis more, padded under a mask)",
 }
 
 
