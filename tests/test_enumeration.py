@@ -8,11 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import torch
 from discrete_models import Graph, Site, Table, graphs, model_of, placed, table_of, weight_of
 from hypothesis import given, settings
 from pyro import poutine
 from scipy.stats import chi2
+from torch import Tensor
+from torch.distributions import constraints
 
 import lvmppl
 from lvmppl.algorithms.evidence import log_evidence
@@ -163,3 +167,32 @@ def test_sample_frequencies_equal_the_joint_table(graph: Graph) -> None:
     seen, wanted = (np.concatenate(part) for part in zip(*pools, strict=True))
     if len(seen) > 1:
         assert chi2.sf(((seen - wanted) ** 2 / wanted).sum(), len(seen) - 1) > 1e-6
+
+
+def weighed(start: float) -> Any:
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", torch.tensor([1 - start, start]), constraint=constraints.simplex)
+        loc = pyro.param("loc", torch.tensor([-2.0, 2.0]))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    return model
+
+
+def test_stop_at_a_bound_from_which_log_evidence_rises_is_told_from_a_maximum_there() -> None:
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(70, generator=generator, dtype=torch.float64)
+    both = torch.where(torch.arange(70) < 40, -2.0, 2.0) + noise
+    stuck = lvmppl.fit(weighed(1e-12), {"x": both}, algorithm="enumeration")
+    onward = lvmppl.fit(weighed(1e-12), {"x": both}, algorithm="em")
+    assert onward.log_evidence > stuck.log_evidence + 10
+    # d log p / d w₂ at w₂ = 0, weight taken from the other component: Σ (p₂/p₁ − 1)
+    first, second = stuck.parameters["loc"]
+    ratio = torch.exp(((both - first).square() - (both - second).square()) / 2)
+    rise = float((ratio - 1).sum())
+    assert f"from which log evidence rises, in weights ({rise:.2g} nats for its whole range" in stuck.message
+    one = -2.0 + 0.2 * noise  # the maximum is on the bound
+    options = {"algorithm": "enumeration", "tolerance": 1e-13, "freeze": ["loc"]}
+    fit = lvmppl.fit(weighed(0.5), {"x": one}, **options)
+    assert float(fit.parameters["weights"][1]) < 1e-6 and fit.message == ""

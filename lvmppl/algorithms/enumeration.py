@@ -24,6 +24,7 @@ from lvmppl.algorithms.ascent import (
 from lvmppl.algorithms.evidence import log_evidence, require_exact
 from lvmppl.algorithms.outcome import finish
 from lvmppl.algorithms.problem import Problem
+from lvmppl.algorithms.stalled import stalled_at_bounds
 from lvmppl.algorithms.start import start_values
 from lvmppl.algorithms.uncertainty import with_standard_errors
 from lvmppl.density import Coordinates, unvalidated
@@ -44,7 +45,10 @@ def infer(problem: Problem, options: EnumerationOptions) -> Fit:
         done = run_restarts(
             problem, options.restarts, options.max_steps, lambda r: _ascend(problem, options, r)
         )
-    fit = finish(problem, options, done, best_of(done))
+        best = best_of(done)
+        note = stalled_at_bounds(problem, best.values) if best.status == "converged" else ""
+        best.message = "; ".join(m for m in (best.message, note) if m)
+    fit = finish(problem, options, done, best)
     return with_standard_errors(fit, problem) if options.standard_errors else fit
 
 
