@@ -108,13 +108,13 @@ def report(directory: Annotated[Path, typer.Argument(metavar="DIR", help="The fo
         except DrawingError as error:
             typer.echo(f"{error}\nnothing was replaced: pictures and report are as they were", err=True)
             raise typer.Exit(FAILED) from None
-    typer.echo(f"drawn: {', '.join(path.stem for path in pictures) or 'no picture'}")
+    typer.echo(_hanging("drawn: ", ", ".join(path.stem for path in pictures) or "no picture"))
     typer.echo(f"report: {page}")
 
 
 @app.command()
 def compare(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="The folders of runs.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR", help="The folders of runs.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write.")] = Path("runs/comparison"),
 ) -> None:
     """Put runs side by side: one table of their fits, pictures and a page; fit nothing.
@@ -127,7 +127,7 @@ def compare(
         comparison = compare_runs(directories, out)
         _print_summary(comparison.table, comparison.leading)
         for line in comparison.sentences():
-            typer.echo(line)
+            typer.echo(_hanging("", line))
     typer.echo(f"report: {out / PAGE}")
 
 

@@ -41,7 +41,7 @@ def evidence_levels(summary: pd.DataFrame) -> Picture | None:
     picture = Picture("What each fit reaches", 10.0, 1.75 + 0.36 * len(shown))
     axes = grid(picture, 1, 1)[0]
     low, high = _scale(shown)
-    room = 0.05 * (high - low) or 1.0
+    room = 0.05 * (high - low) if high - low > 1e-9 * abs(high) else 1.0  # not the width of rounding
     for place, (_, row) in enumerate(shown.iterrows()):
         _row(axes, place, row, low, low - room)
     axes.set(xlim=(low - room, high + room), ylim=(len(shown) - 0.4, -0.6))

@@ -37,7 +37,7 @@ def write_comparison_page(
     table, leading = comparison.table, comparison.leading
     runs = table["run"].nunique()
     said = [
-        line
+        f"Data {group.label}: {line[0].lower()}{line[1:]}" if len(comparison.groups) > 1 else line
         for group in comparison.groups
         for line in findings(group.tables["summary"], group.tables["gaps"])
     ]

@@ -16,7 +16,7 @@ from lvmppl.running.fitting import run_fits
 from lvmppl.running.folder import publish, require_ours, staged
 from lvmppl.running.pages import write_pages
 from lvmppl.running.preparation import Plan, build_all, fit_order, prepare, torch_dtype
-from lvmppl.running.record import MARKS
+from lvmppl.running.record import MARKS, RUNS
 from lvmppl.running.results import Run, collect
 from lvmppl.running.writing import make_record, patient, write_record
 from lvmppl.spec import open_experiment, to_yaml
@@ -49,7 +49,7 @@ def run(
         Interrupted: Ctrl-C; the fits that had finished are written, and its message says so.
     """
     loaded, base, document = open_experiment(experiment, overrides)
-    directory = Path(out) if out is not None else Path("runs") / loaded.name
+    directory = Path(out) if out is not None else RUNS / loaded.name
     require_ours(directory, MARKS)
     with isolated(derive_seed(loaded.seed, "run"), torch_dtype(loaded)):
         with document.located():

@@ -345,6 +345,14 @@ def test_check_prints_what_it_found_and_writes_nothing(folder: Path) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_check_names_the_columns_that_do_not_vary(folder: Path) -> None:
+    rows = pd.read_csv("rows.csv").assign(school=1.0)
+    rows.to_csv("rows.csv", index=False)
+    shown = lvmppl("check", "small.yaml", "--set", "data.columns={x: [a, school, b]}").stdout
+    assert re.search(r"rows.csv: x \[12, 3\] float64; the same number in every row of school\s+\n", shown)
+    assert "same number" not in lvmppl("check", "small.yaml").stdout
+
+
 def test_failed_fit_leaves_the_others_and_exits_with_1(folder: Path) -> None:
     guide = "{use: 'own.py:raises_late'}"
     fits = f"  broken: {{algorithm: vem, guide: {guide}, e_step: gradient, max_steps: 400}}\n"

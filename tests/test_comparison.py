@@ -212,11 +212,11 @@ def test_levels_of_fits_without_numbers_are_no_picture() -> None:
     assert evidence_levels(levels().tail(1)) is None
 
 
-@pytest.mark.parametrize("value", [0.0, -np.inf])
-def test_degenerate_levels_are_drawn(value: float, tmp_path: Path) -> None:
-    rows = levels().head(1).assign(elbo=value, log_evidence=0.0)
-    picture = evidence_levels(rows)
+@pytest.mark.parametrize("gap", [0.0, 1e-10, np.inf])
+def test_levels_that_are_all_alike_have_a_scale_of_nats(gap: float, tmp_path: Path) -> None:
+    picture = evidence_levels(levels().head(1).assign(log_evidence=-300.0, elbo=-300.0 - gap))
     assert picture is not None and picture.save(tmp_path / "p.png").stat().st_size > 5000
+    assert picture.axes[0].get_xlim() == pytest.approx((-301.0, -299.0))
 
 
 # ------------------------------------------------------------------------------------------- the page

@@ -79,6 +79,13 @@ FILES: list[tuple[str, Callable[[Path], None], dict[str, Any], str]] = [
     ("a.csv", text("a,b\n"), {}, "data.source:  | at least one row | a.csv"),
     ("a.csv", text("a,b,a\n1,2,3\n"), {}, "data.source:  | a.csv | a more than once"),
     ("a.csv", text("a,b\n1,2\n3,4,5\n"), {}, "data.source:  | a.csv | line 3 | saw 3"),
+    ("a.csv", text("a;b\n1,5;2\n"), {}, "data.source:  | commas between | a.csv | semicolons | with a point"),
+    (
+        "a.csv",
+        text("a\tb\n1\t2\n"),
+        {},
+        "data.source:  | commas between | a.csv | tabs | write it with commas",
+    ),
     ("a.csv", text("a,b\n1,2,3\n4,5,6\n"), {}, "data.source:  | a.csv | as many in each row"),
     ("a.csv", raw(b"a,b\n1,\xff\n"), {}, "data.source:  | a.csv | UTF-8 | 0xff"),
     ("a.parquet", text("a,b\n1,2\n"), {}, "data.source:  | a.parquet to hold a parquet table"),

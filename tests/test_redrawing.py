@@ -231,9 +231,11 @@ def test_folder_that_is_no_run_is_refused_in_one_line_and_nothing_is_written(cas
     [
         ("run/report.html", "got a file; give run\n"),
         (".", "got a folder of runs; give one of them, such as run\n"),
+        ("mine", "got nothing of that name; did you mean runs/mine?\n"),
     ],
 )
 def test_neighbour_of_a_run_is_refused_with_the_run(given: str, message: str, run: Path) -> None:
+    shutil.copytree(run, "runs/mine")
     result = lvmppl("report", given)
     assert result.exit_code == 2 and result.stderr.endswith(message)
 

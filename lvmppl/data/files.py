@@ -84,6 +84,11 @@ def _read_csv(source: str, path: Path) -> Table:
             header = next((row for row in csv.reader(file, skipinitialspace=True) if row), [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise _broken(source, expected, error) from error
+    other = next((mark for mark in ";\t" if len(header) == 1 and mark in header[0]), None)
+    if other is not None:
+        got = f"{'semicolons' if other == ';' else 'tabs'} in its first line"
+        fix = "write it with commas, and numbers with a point"
+        raise InputError("data.source", f"commas between the columns of {source}", got, fix)
     # pandas renames the second of two equal names without a word.
     _refuse_duplicates((name.strip() for name in header), source)
     return _read_frame(source, path, expected, skipinitialspace=True)

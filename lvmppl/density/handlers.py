@@ -108,7 +108,15 @@ def _check_start(name: str, constraint: Constraint, start: Tensor) -> None:
     if start.is_floating_point() and not bool(torch.isfinite(start).all()):
         raise ValueError(f"pyro.param('{name}') starts from values that are not finite")
     if not bool(constraint.check(start).all()):
-        raise ValueError(f"pyro.param('{name}') starts outside its constraint {constraint}")
+        raise ValueError(f"pyro.param('{name}') starts outside its constraint {constraint}{_extent(start)}")
+
+
+def _extent(start: Tensor) -> str:
+    """The range of a start, which often tells why: a scale of 0 is that of a constant column."""
+    if not start.numel() or start.is_complex():
+        return ""
+    low, high = float(start.min()), float(start.max())
+    return f", at {low:.6g}" if low == high else f", at {low:.6g} to {high:.6g}"
 
 
 class EnumerateFinite(Messenger):

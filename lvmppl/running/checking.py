@@ -9,12 +9,13 @@ from pathlib import Path
 from lvmppl.algorithms import INFER
 from lvmppl.algorithms.evidence import exact_posterior
 from lvmppl.algorithms.problem import Problem
+from lvmppl.data import Dataset
 from lvmppl.density import derive_seed, isolated
 from lvmppl.errors import InputError, IntractableError
 from lvmppl.options import Options
 from lvmppl.running.preparation import build_all, fit_order, prepare, shortened, torch_dtype
 from lvmppl.spec import open_experiment
-from lvmppl.wording import one_line
+from lvmppl.wording import listed, one_line
 
 
 def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[str, bool, str]]:
@@ -30,7 +31,9 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
     with isolated(derive_seed(loaded.seed, "run"), torch_dtype(loaded)), document.located():
         plan = prepare(loaded, base, smoke=True)
         shapes = ", ".join(f"{k} {list(v.shape)} {str(v.dtype)[6:]}" for k, v in plan.dataset.tensors.items())
-        lines.append(("data", True, f"{loaded.data.source}: {shapes}"))
+        constant = listed(_constant_columns(plan.dataset), "and")
+        note = f"; the same number in every row of {constant}" if constant else ""
+        lines.append(("data", True, f"{loaded.data.source}: {shapes}{note}"))
         order = fit_order(plan.options)
         problems = build_all(plan, order)
         first = problems[order[0]].model.structure
@@ -45,6 +48,19 @@ def check(experiment: str | Path, overrides: Sequence[str] = ()) -> list[tuple[s
         if plan.reference is not None:
             lines.append(("reference", *_try_fit(replace(problems[order[0]], guided=None), plan.reference)))
     return lines
+
+
+def _constant_columns(dataset: Dataset) -> list[str]:
+    """The columns of floats [N] or [N, D] that do not vary: a density that is fitted to one has no width."""
+    found = []
+    for name, tensor in dataset.tensors.items():
+        if not tensor.is_floating_point() or tensor.dim() > 2 or len(tensor) < 2:
+            continue
+        columns = tensor.reshape(len(tensor), -1)
+        names = dataset.columns.get(name, ())
+        same = (columns == columns[0]).all(0).nonzero().flatten().tolist()
+        found += [names[i] if i < len(names) else f"{name}[{i}]" for i in same]
+    return found
 
 
 def _engine(problem: Problem) -> str:

@@ -19,6 +19,7 @@ from lvmppl.wording import listed
 
 R = TypeVar("R")
 
+RUNS = Path("runs")  # where runs go unless told otherwise
 MARKS = ("experiment.yaml", "environment.json")  # what makes a folder a run
 DATA = ("source", "rows", "test_rows", "sha256", "vocabulary")  # the entries of data.json
 AGAIN = "run the experiment again"
@@ -83,6 +84,7 @@ def require_run(directory: Path) -> None:
         fix = f"give {directory.parent}" if _is_run(directory.parent) else fix
     else:
         got = "nothing of that name"
+        fix = f"did you mean {RUNS / directory}?" if _is_run(RUNS / directory) else fix
     raise InputError(str(directory), expected, got, fix)
 
 
@@ -129,4 +131,4 @@ def _read(path: Path, expected: str, read: Callable[[], R]) -> R:
         raise InputError(str(path), expected, " ".join(str(error).split()), AGAIN) from error
 
 
-__all__ = ["AGAIN", "MARKS", "Record", "read_data", "read_record", "read_text", "require_run"]
+__all__ = ["AGAIN", "MARKS", "RUNS", "Record", "read_data", "read_record", "read_text", "require_run"]
