@@ -189,12 +189,14 @@ class SummedPosterior(ContinuousPosterior):
         return super().marginal(site)
 
     def mode(self) -> Mode:
-        """The highest point of p(z, c | x), and its log density: [N], or a scalar where the data share z."""
+        """The highest point of p(z, c | x), and its log density: [N], or a scalar where the data share z; −∞ of a datum of
+        probability 0."""
         kernel = self.kernel  # Gaussian although c is summed at every point where c does not depend on z
         z = self.summed.mode(kernel) if isinstance(kernel, QuadraturePosterior) else kernel.mean
         c = self.summed.states(z)
         values = {**c, **self._as_sites(z.unsqueeze(0), z.new_zeros(1, len(z)))}
         height = self.summed.log_joint(z.unsqueeze(0), c) - self.kernel.log_evidence.detach()
+        height = height.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         return Mode(
             {n: v[0] for n, v in values.items()}, height[0] if self.layout.local else height.reshape(())
         )

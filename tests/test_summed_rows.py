@@ -396,3 +396,28 @@ def test_class_that_moves_the_ability_beside_guesses_equals_scipy_quadrature() -
         own = [integrate.quad(joint, -9, 9, args=(n, c), epsabs=0, epsrel=1e-11)[0] for c in range(2)]
         assert post.log_evidence_per_datum[n].item() == pytest.approx(math.log(sum(own)), rel=1e-8)
         assert post.marginal("c").probs[n, 0].item() == pytest.approx(own[0] / sum(own), abs=1e-7)
+
+
+def test_impossible_sequence_is_named_and_leaves_the_others_alone() -> None:
+    """From state 0, which cannot be seen as 2, on to state 1, which cannot be seen as 0; u_n: how well each is seen."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            u = pyro.sample("u", dist.Beta(torch.tensor(2.0, dtype=torch.float64), 3.0)).unsqueeze(-1)
+            start, moves = torch.tensor([1.0, 0.0]).double(), torch.tensor([[0.5, 0.5], [0.0, 1.0]]).double()
+            z = pyro.sample("z", MarkovChain(start, moves, 2), infer=ENUMERATE)
+            first, second = torch.stack([u, 1 - u, 0 * u], -1), torch.stack([0 * u, u, 1 - u], -1)
+            seen = torch.where((z == 0).unsqueeze(-1), first, second)
+            pyro.sample("x", dist.Categorical(seen).to_event(1), obs=x)
+
+    with pytest.warns(UserWarning, match="probability 0 to datum 1"):
+        post = lvmppl.posterior(model, {"x": torch.tensor([[0, 2], [2, 0], [1, 1]])})
+    seen_well = 2.0 / 5.0
+    product = seen_well * (1 - seen_well) - 6.0 / 150.0  # E[u (1 − u)], the variance being 6/150
+    squares = 1.0 - 2.0 * product  # E[u² + (1 − u)²]
+    low = squares / 2 + (2 * seen_well - 1) / 2  # E[u²]
+    rest = 0.5 * (squares - low) + 0.5 * product  # 1 then 1 in state 0, or on to state 1
+    expected = [math.log(0.5 * product), -math.inf, math.log(rest)]
+    np.testing.assert_allclose(post.log_evidence_per_datum, expected, rtol=1e-8)
+    assert post.mode().log_prob[1] == -math.inf and post.mode().log_prob[[0, 2]].isfinite().all()
+    assert (post.marginal("z").probs[1] == 0).all()
