@@ -43,7 +43,9 @@ def test_error_is_infinite_where_that_of_a_state_is_whose_weight_underflows(shar
         c = state() if shared else None
         with pyro.plate("data", len(x)):
             c = state() if c is None else c
-            p = pyro.sample("p", dist.Beta(0.1 + 4.9 * c, 0.1 + 4.9 * c))  # at c = 0 too steep at its edges
+            p = pyro.sample(
+                "p", dist.Beta(0.01 + 4.99 * c, 0.01 + 4.99 * c)
+            )  # at c = 0 too steep at its edges
             pyro.sample("x", dist.Binomial(10, p), obs=x)
 
     x = tensor(0.0, 10.0, 3.0)

@@ -58,6 +58,9 @@ def integrate(density: Density, chart: Chart, n: int, level: int) -> Search[Ask,
         others = tuple(i for i in range(dim) if i != axis)
         mass = grid.logsumexp(others) - total if others else grid - total
         tail = tail + _beyond(mass[0], mass[1]) + _beyond(mass[-1], mass[-2])
+        reach = 0.999 * LIMIT * chart.linear[:, 0]
+        tail = tail + torch.where(chart.low[:, axis] < -reach, _beyond_limit(mass), 0.0)
+        tail = tail + torch.where(chart.high[:, axis] > reach, _beyond_limit(mass.flip(0)), 0.0)
         peaks = grid.amax(others) if others else grid
         edges = _box(peaks, chart.low[:, axis], chart.high[:, axis], density.drop, chart.linear[:, 0])
         low.append(edges[0])
@@ -85,6 +88,18 @@ def _beyond(edge: Tensor, inner: Tensor) -> Tensor:
     falling = mass * ratio / (1.0 - ratio)
     stuck = torch.where(mass > 1e-12, torch.inf, 1e3 * mass)
     return torch.where(ratio < 0.9999, falling, stuck).nan_to_num(nan=0.0, posinf=torch.inf)
+
+
+def _beyond_limit(mass: Tensor) -> Tensor:
+    """The mass beyond a box that ends at ``LIMIT``, by the fall of the slices ``[n, M]`` some way inside its first one.
+
+    In several dims the last slices fall because the other sides of the box end as well.
+    """
+    width = len(mass) // 12
+    edge, inner = mass[width], mass[2 * width]
+    ratio = ((edge - inner) / width).exp().nan_to_num(nan=0.0)
+    rest = torch.where(ratio < 0.9999, edge.exp() / (1.0 - ratio), torch.inf)
+    return torch.where(edge.exp() > 1e-12, rest, 0.0)
 
 
 def _box(peaks: Tensor, low: Tensor, high: Tensor, drop: float, linear: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ The modes are found from many starts (``lvmppl.exact.modes``); each gets a chart
 converges exponentially if the density is smooth (``lvmppl.exact.charts``, ``lattice``). Lattices are refined,
 row by row (``lvmppl.exact.refinement``), until two in succession and the lattices of three times the spacing
 agree within the tolerance. What is reported is the larger disagreement, an error of the coarser rules and so
-a conservative one, plus the mass beyond the box, plus rounding. What no rule can see it cannot cover: a mode
+a conservative one, plus the mass beyond the box, plus what floating point hides (``lvmppl.exact.unseen``), plus
+rounding. What no rule can see it cannot cover: a mode
 that none of the starts leads to. Rows whose log density is not concave where it is looked at are searched
 densely (``wary``: all are); the error is a bound then if no mode is narrower than 1/500 (1/20, 1/5 in two and three
 dims) of the one that it hides behind. ``starts`` add to the search: `lvmppl.exact.hidden` finds those that a model
@@ -33,6 +34,7 @@ from lvmppl.exact.evaluation import CHUNK, LogJoint, Rows, row_shape, with_gradi
 from lvmppl.exact.modes import find_modes
 from lvmppl.exact.quadrature_posterior import QuadraturePosterior, unconstrained
 from lvmppl.exact.refinement import MAX_NODES, Cells, joined_cells, kept_cells, refined
+from lvmppl.exact.unseen import around_poles, beyond_ends
 
 # Rows a block, such that usual lattices fit.
 BLOCK = {1: 1 << 15, 2: 1 << 11, 3: 1 << 7}
@@ -78,7 +80,14 @@ def quadrature(
     solved = []
     for index in torch.split(torch.arange(count, device=device), BLOCK[dim] if select else max(1, count)):
         block = _Block(
-            restrict, index, None if starts is None else starts[:, index], tolerance, nodes, chunk, wary
+            restrict,
+            index,
+            None if starts is None else starts[:, index],
+            tolerance,
+            nodes,
+            chunk,
+            wary,
+            transform,
         )
         solved.append(block.solve(like, dim))
     log_evidence = torch.cat([s[0] for s in solved])
@@ -87,8 +96,6 @@ def quadrature(
     cells = joined_cells([s[3] for s in solved])
     z, _ = cells.place(cells.t, cells.chart, False)
     points = z if transform is None else transform(z)
-    if transform is not None:
-        error = error + _saturated(transform, z, points, cells.log_weight)
     return QuadraturePosterior(
         log_evidence.reshape(rows),
         error.reshape(rows),
@@ -138,6 +145,7 @@ class _Block:
     max_nodes: int
     chunk: int
     wary: bool
+    transform: Transform | None
 
     def log_joint(self, rows: Tensor) -> LogJoint:
         """The log joint of some rows of the block."""
@@ -159,43 +167,19 @@ class _Block:
         # The last term stands for what lies beyond the boxes, at whose faces the density has fallen by
         # e^-drop.
         relative = progress.shares().sum(0) + 1e-3 * self.tolerance
+        cells = kept_cells(progress, charts, partition, log_evidence)
+        z, _ = cells.place(cells.t, cells.chart, False)
+        whole = self.log_joint(torch.arange(size, device=like.device))
+        relative = relative + beyond_ends(whole, self.transform, cells, z)
+        bent = (~modes.concave).nonzero().squeeze(-1)
+        relative = relative + around_poles(self.log_joint, cells, log_evidence, bent)
         relative = torch.where(modes.missed, torch.inf, relative)
         error = torch.where(relative < 1.0, -torch.log1p(-relative.clamp(max=1.0)), torch.inf)
         rounding = 16.0 * torch.finfo(like.dtype).eps * (1.0 + log_evidence.abs())
         error = torch.where(log_evidence == -torch.inf, 0.0, error + rounding)
-        cells = kept_cells(progress, charts, partition, log_evidence)
         if torch.is_grad_enabled():
-            z, _ = cells.place(cells.t, cells.chart, False)
-            whole = self.log_joint(torch.arange(size, device=like.device))
             log_evidence = with_gradient(log_evidence, whole, z, cells.log_weight.exp(), self.chunk)
         return log_evidence, error, modes.concave, cells
-
-
-def _saturated(transform: Transform, z: Tensor, points: Tensor, log_weight: Tensor) -> Tensor:
-    """Error from where the support's edge is reached in floating point, so the density beyond cannot be seen: ``[N]``.
-
-    A power law at the edge is an exponential in z: what lies beyond is the geometric continuation of the masses of the
-    last two bands before the edge, each a fifth of the way to it.
-    """
-    back = transform.inv(points)
-    lost = ((back - z).abs() > 1e-2 * (1.0 + z.abs())) | ~back.isfinite()
-    weight = log_weight.exp()
-    mass = torch.where(lost.any(-1), weight, 0.0).sum(0)
-    error = torch.where(mass > 1e-3, torch.inf, 100.0 * mass)
-    for side in (z, -z):
-        edge = torch.where(lost & (side > 0), side, torch.inf).amin(0)  # [N, d]
-        share = torch.where(edge.isfinite(), side / edge, 0.0)
-        bands = [
-            torch.where((share > low) & (share <= low + 0.2), weight.unsqueeze(-1), 0.0).sum(0)
-            for low in (0.6, 0.8)
-        ]
-        falling = bands[1] < bands[0]
-        ratio = torch.where(falling, bands[1] / torch.where(falling, bands[0], 1.0), 0.0)
-        beyond = torch.where(
-            falling, bands[1] * ratio / (1.0 - ratio), torch.where(bands[1] > 0, torch.inf, 0.0)
-        )
-        error = error + 2.0 * beyond.sum(-1)
-    return error
 
 
 __all__ = ["QuadraturePosterior", "quadrature", "unconstrained"]
