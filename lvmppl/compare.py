@@ -79,8 +79,8 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
     exact = fit.posterior
     evidence = exact.log_evidence_per_datum if exact is not None else None
     nothing = torch.full((size,), math.nan)
-    frame["log_evidence"] = (nothing if evidence is None else evidence).double().numpy()
-    frame["elbo"] = fit.elbo_per_datum.double().numpy()
+    frame["log_evidence"] = (nothing if evidence is None else evidence).double().cpu().numpy()
+    frame["elbo"] = fit.elbo_per_datum.double().cpu().numpy()
     gap = nothing
     if (
         isinstance(exact, Posterior)
@@ -91,9 +91,9 @@ def gaps(name: str, fit: Fit) -> pd.DataFrame:
         gap = kl_per_datum(fit.variational, exact)
     elif evidence is not None:
         gap = evidence - fit.elbo_per_datum
-    frame["gap"] = gap.double().numpy()
+    frame["gap"] = gap.double().cpu().numpy()
     if isinstance(exact, ContinuousPosterior) and evidence is not None and exact.kind != "exact":
-        frame["log_evidence_error"] = exact.log_evidence_error_per_datum.double().numpy()
+        frame["log_evidence_error"] = exact.log_evidence_error_per_datum.double().cpu().numpy()
     if exact is None and fit.sampled is not None:
         table = agreement(fit)
         local = table[table["datum"].notna()].groupby("datum")
