@@ -122,9 +122,13 @@ def compare(
     Numbers of different data are told apart: they are not comparable.
     """
     with _exit_status("interrupted: nothing was written"):
-        from lvmppl.running.comparing import PAGE, compare_runs
+        from lvmppl.running.comparing import PAGE, DrawingError, compare_runs
 
-        comparison = compare_runs(directories, out)
+        try:
+            comparison = compare_runs(directories, out)
+        except DrawingError as error:
+            typer.echo(f"{error}\nnothing was written", err=True)
+            raise typer.Exit(FAILED) from None
         _print_summary(comparison.table, comparison.leading)
         for line in comparison.sentences():
             typer.echo(_hanging("", line))

@@ -48,7 +48,7 @@ def write_run(
     frames = {name: frame[frame["fit"].isin(fits)] for name, frame in iris_tables().items()}
     summary = frames["summary"]
     moved = {column: summary[column] + shift for column in ("log_evidence", "elbo")}
-    frames["summary"] = summary.assign(**moved, **columns)
+    frames["summary"] = summary.assign(**{**moved, **columns})
     frames["history"] = frames["history"][frames["history"]["step"] < 40]
     directory.mkdir(parents=True)
     Record(frames, text, {"python": "3"}, data, iris_data()).write(directory)
@@ -288,6 +288,29 @@ def test_interrupted_comparison_writes_nothing(folder: Path, monkeypatch: pytest
     result = lvmppl("compare", "first", "--out", "out")
     assert (result.exit_code, result.stderr) == (130, "interrupted: nothing was written\n")
     assert contents(folder) == before and not list(folder.glob(".*"))
+
+
+def test_tables_that_cannot_be_drawn_cost_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = contents(folder)
+
+    def broken(*_: object) -> None:
+        raise KeyError("no such fit")
+
+    monkeypatch.setattr("lvmppl.comparison_report.objective_curves", broken)
+    result = lvmppl("compare", "first", "other", "--out", "out")
+    assert (result.exit_code, result.stderr) == (1, "KeyError: 'no such fit'\nnothing was written\n")
+    assert contents(folder) == before and not list(folder.glob(".*"))
+
+
+def test_run_whose_fits_all_failed_is_compared(folder: Path) -> None:
+    nothing = dict.fromkeys(["log_evidence", "elbo", "gap"], np.nan)
+    write_run(Path("failed"), status="failed", log_evidence_kind="none", message="too late", **nothing)
+    for name in ("history", "gaps"):
+        tables.empty(name).to_parquet(f"failed/{name}.parquet", index=False)
+    for runs in (["failed"], ["first", "failed"]):
+        result = lvmppl("compare", *runs, "--out", "out")
+        assert result.exit_code == 0, result.output
+    assert "Failed: failed: em, failed: local." in Path("out/comparison.html").read_text(encoding="utf-8")
 
 
 def _drop(name: str, column: str) -> Callable[[], None]:

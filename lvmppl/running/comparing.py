@@ -12,8 +12,9 @@ from lvmppl.comparison_report import draw_groups, write_comparison_page
 from lvmppl.document import read_document
 from lvmppl.errors import InputError
 from lvmppl.running.folder import publish, require_ours, staged
+from lvmppl.running.pages import DrawingError
 from lvmppl.running.record import AGAIN, read_data, read_text, require_run
-from lvmppl.wording import shown
+from lvmppl.wording import one_line, shown
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
 
@@ -23,13 +24,14 @@ def compare_runs(directories: Sequence[Path], out: Path) -> Comparison:
 
     Raises:
         InputError: a folder is not that of a run or is incomplete, or `out` cannot be written; nothing is written.
+        DrawingError: the tables are whole but cannot be compared or drawn; nothing is written.
     """
     names = run_names(directories)
     runs = [_read(directory, name) for directory, name in zip(directories, names, strict=True)]
     settings = [_settings(directory / "experiment.yaml") for directory in directories]
     require_ours(out, (TABLE, PAGE), "comparison")
-    comparison = compare(runs)
     try:
+        comparison = compare(runs)
         with staged(out) as staging:
             whole = tables.with_kinds(comparison.table)
             whole.to_csv(staging / TABLE, index=False, lineterminator="\n", encoding="utf-8")
@@ -39,6 +41,10 @@ def compare_runs(directories: Sequence[Path], out: Path) -> Comparison:
     except OSError as error:
         got = f"{error.strerror or error}"
         raise InputError(f"output folder {out}", "a folder that can be written", got) from error
+    except InputError:
+        raise
+    except Exception as error:  # tables that a run would not have written
+        raise DrawingError(one_line(error)) from error
     return comparison
 
 
@@ -92,4 +98,4 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name, "–" if value is None else str(value)
 
 
-__all__ = ["PAGE", "compare_runs", "differing"]
+__all__ = ["PAGE", "DrawingError", "compare_runs", "differing"]
