@@ -135,3 +135,15 @@ def test_evidence_of_a_gamma_scale_at_an_observation_of_zero_equals_its_closed_f
     truth = math.lgamma(0.2) - math.lgamma(1.2) - 0.5 * math.log(2.0 * math.pi)
     assert post.kind == "quadrature"
     assert abs(post.log_evidence - truth) <= post.log_evidence_error < 1e-6
+
+
+def test_error_of_two_smooth_modes_of_unlike_height_stays_small() -> None:
+    """The way up from the lower one leads to no pole."""
+
+    def function(z: Tensor) -> Tensor:
+        a, b = -12.5 * (first(z) + 1.0).square() - 4.0, -12.5 * (first(z) - 1.0).square()
+        return torch.logaddexp(a, b)
+
+    found = quadrature(function, 1, 1)
+    truth = math.log1p(math.exp(-4.0)) + 0.5 * math.log(2.0 * math.pi / 25.0)
+    assert abs(float(found.log_evidence) - truth) <= float(found.log_evidence_error) < 1e-6

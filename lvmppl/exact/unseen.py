@@ -32,6 +32,7 @@ LOST = 1e-2  # relative error of a point in the support at which it no longer sa
 ROUNDS, LEVEL = 40, 0.3  # steps towards a pole, and the nats that each must rise
 RISE = 3.0  # nats that a density rises from where its chart is centred if there is a pole
 NARROW = 4096.0  # a chart of so few units of rounding may stand on a pole itself, with nothing to be climbed
+SHORT = 1e-6  # widths of a chart within which there is hardly another mode
 TOWARDS = tuple(2.0**-k for k in range(-1, 8))  # lengths of a step, in the last one
 FAR = 31  # distances from a pole at which its density is looked at, its exponent over the first third
 
@@ -110,9 +111,12 @@ def _around(restrict: Restrict, rows: Tensor, centre: Tensor, scale: Tensor, log
     coordinates = torch.diag_embed(scale.norm(dim=-1)).movedim(-1, 0)
     frames = [ellipsoid, coordinates] if dim > 1 else [ellipsoid]
     pole, near, risen = _climbed_to_pole(restrict, rows, centre, torch.cat(frames))
-    rounding = torch.finfo(scale.dtype).eps * centre.norm(dim=-1)
+    rounding = NARROW * torch.finfo(scale.dtype).eps * pole.norm(dim=-1)
+    narrow = widths.amin(-1)
+    # Steps towards another mode, which is no pole, end long before rounding does.
+    ended = (near * narrow < rounding) | (near < SHORT)
     mass = torch.zeros_like(log_evidence)
-    for i in ((risen > RISE) | (widths.amin(-1) < NARROW * rounding)).nonzero().squeeze(-1).tolist():
+    for i in ((risen > RISE) & ended | (narrow < rounding)).nonzero().squeeze(-1).tolist():
         part = restrict(rows[i : i + 1])
         found = [_room(part, pole[i], float(near[i]), axes[:, i]) for axes in frames]
         room, height = min(r for r, _ in found), max(h for _, h in found)
