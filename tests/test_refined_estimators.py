@@ -91,29 +91,46 @@ def nodes(count: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(points, dtype=F64), torch.tensor(weights / weights.sum(), dtype=F64)
 
 
-def line_bound(values: Mapping[str, Tensor], through: bool, samples: int) -> Tensor:
-    """One step at a draw z = m + s ε, over Gauss-Hermite nodes of ε, and the bound over those of its own draws."""
-    e, p = nodes(24)
-    loc, log_scale = (encoded(values, n).expand(-1, len(e)) for n in ("loc", "scale"))  # [N, S]
-    x = X.unsqueeze(-1)
+def grid(count: int) -> tuple[Tensor, Tensor]:
+    """For what is no smooth function of ε: a step that is taken at some and halved at others."""
+    points = torch.linspace(-5.5, 5.5, count, dtype=F64)
+    weights = torch.exp(-0.5 * points**2)
+    return points, weights / weights.sum()
 
-    def log_joint(z: Tensor, mu: Tensor, x: Tensor) -> Tensor:
-        return dist.Normal(mu, 1.0).log_prob(z) + dist.Normal(z, 0.7).log_prob(x)
+
+def line_bound(values: Mapping[str, Tensor], through: bool, samples: int) -> Tensor:
+    """One step at a draw z = m + s ε, halved until the ELBO at another draw does not fall, and the bound at others yet."""
+    e, p = grid(81)
+    loc, log_scale = (encoded(values, n).unsqueeze(-1).expand(-1, len(e), len(e)) for n in ("loc", "scale"))
+    x = X[:, None, None]  # [N, S, S'], and Z in the end
+
+    def at_draw(loc: Tensor, log_scale: Tensor, mu: Tensor, e: Tensor) -> Tensor:
+        z = loc + log_scale.exp() * e
+        log_q = dist.Normal(loc, log_scale.exp()).log_prob(z)
+        return dist.Normal(mu, 1.0).log_prob(z) + dist.Normal(z, 0.7).log_prob(x) - log_q
 
     at = [t if through else t.detach().requires_grad_() for t in (loc, log_scale)]
     mu = values["mu"] if through else values["mu"].detach()
-    z = at[0] + at[1].exp() * e
-    bound = (log_joint(z, mu, x) - dist.Normal(at[0], at[1].exp()).log_prob(z)).sum()
-    moves = torch.autograd.grad(bound, at, create_graph=through)
-    loc, scale = loc + LINE_RATE * moves[0], (log_scale + LINE_RATE * moves[1]).exp()
-    own, weights = nodes(40)
-    z = loc.unsqueeze(-1) + scale.unsqueeze(-1) * own  # [N, S, Z]
-    log_w = log_joint(z, values["mu"], X[:, None, None])
+    moves = torch.autograd.grad(at_draw(*at, mu, e.unsqueeze(-1)).sum(), at, create_graph=through)
+    with torch.no_grad():
+        size = torch.full_like(loc, LINE_RATE)
+        for halvings in range(11):
+            lower = at_draw(*(a + size * m for a, m in zip(at, moves, strict=True)), mu, e) < at_draw(
+                *at, mu, e
+            )
+            size = torch.where(lower, size / 2 if halvings < 10 else 0.0, size)
+    assert 0.02 < float((size < LINE_RATE).double().mean()) < 0.9
+    loc, scale = loc + size * moves[0], (log_scale + size * moves[1]).exp()
+    own, weights = nodes(16)
+    z = loc.unsqueeze(-1) + scale.unsqueeze(-1) * own  # [N, S, S', Z]
+    log_w = dist.Normal(values["mu"], 1.0).log_prob(z) + dist.Normal(z, 0.7).log_prob(x.unsqueeze(-1))
     log_w = log_w - dist.Normal(loc.unsqueeze(-1), scale.unsqueeze(-1)).log_prob(z)
     if samples == 2:
         pairs = torch.logaddexp(log_w.unsqueeze(-1), log_w.unsqueeze(-2)) - math.log(2)
-        return ((pairs * weights).sum(-1) * weights).sum(-1).mul(p).sum()
-    return (log_w * weights).sum(-1).mul(p).sum()
+        mean = ((pairs * weights).sum(-1) * weights).sum(-1)
+    else:
+        mean = (log_w * weights).sum(-1)
+    return ((mean * p).sum(-1) * p).sum()
 
 
 # model, its bound, steps, estimator, K, calls, draws a call

@@ -6,6 +6,8 @@ in unconstrained coordinates. Every evaluation of model and guide happens at the
 is refined in the same way. θ and the encoder get the gradient of the ELBO at the last λ: through the steps, which
 differentiates them twice, or as if the sum of the steps were a constant added to λ_0.
 
+A step that does not raise a datum's ELBO is halved, or not taken (`_Ascent`).
+
 The steps' own gradient needs no score: their sums are exact and their draws reparameterised, and those draws are not the
 ones of the bound. Given λ_K the bound's draws are therefore fresh ones of q, and any estimator of its gradient, and any
 bound that is a function of q, goes with them.
@@ -13,7 +15,7 @@ bound that is a function of q, goes with them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from lvmppl.density import Drawing, Evaluation, Joint, Rows, Values, num_rows
-from lvmppl.elbo import elbo
+from lvmppl.elbo import Bound, elbo
 from lvmppl.errors import ModelError
 
 
@@ -60,7 +62,7 @@ class RefinedJoint(Joint):
         local = self._refined(data, values, rows) if self._settled is None else self._settled
         if not any(v.requires_grad for v in values.values()):  # λ is held where what it comes from is
             local = {n: v.detach() for n, v in local.items()}
-        with _held(guide, local, guide.refine_steps):
+        with guide.holding(local):
             yield
 
     def _refined(self, data: Values, values: Values, rows: Rows) -> dict[str, Tensor]:
@@ -70,35 +72,112 @@ class RefinedJoint(Joint):
         through = bool(guide.through) and torch.is_grad_enabled()
         super().evaluate_guide(data, values, rows)
         local: dict[str, Tensor] = dict(guide.local)
+        if not guide.refine_steps:
+            return local
         held = values if through else {n: v.detach() for n, v in values.items()}
+
+        def bound_at(local: Mapping[str, Tensor], seed: int) -> Bound:
+            with _drawing(seed, next(iter(local.values())).device), guide.holding(local):
+                return elbo(super(RefinedJoint, self).evaluate(data, held, rows), self.structure.data_plate)
+
+        return _Ascent(bound_at, guide.refine_rate, rows.scale, through).run(local, guide.refine_steps)
+
+
+class _Ascent:
+    """Steps up each datum's ELBO by its own gradient, of a length that is halved where they do not go up.
+
+    The gradient is that at some draws of q; whether the ELBO rose is asked at others, the same before and after. The draw
+    in a tail that throws λ far away is thus found out by the next one, and so is a step that is too long. A datum's step
+    that has not gone up after `_HALVINGS` halvings is not taken.
+
+    bound_at: the ELBO at (λ, seed of the draws). scale: of the rows in it, over which gradients are divided.
+    """
+
+    def __init__(
+        self, bound_at: Callable[[Mapping[str, Tensor], int], Bound], rate: float, scale: float, through: bool
+    ) -> None:
+        self.bound_at, self.rate, self.scale, self.through = bound_at, rate, scale, through
+
+    def run(self, local: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """λ [B, …] by name, so many steps on."""
+        first = next(iter(local.values()))
+        sizes = torch.full_like(
+            first.detach().flatten(1)[:, 0] if first.dim() > 1 else first.detach(), self.rate
+        )
         with torch.enable_grad():
-            for done in range(guide.refine_steps):
-                at = local if through else {n: v.detach() for n, v in local.items()}
-                at = {n: v if v.requires_grad else v.requires_grad_() for n, v in at.items()}
-                with _held(guide, at, done):
-                    bound = elbo(super().evaluate(data, held, rows), self.structure.data_plate).total
-                moves = torch.autograd.grad(bound / rows.scale, list(at.values()), create_graph=through)
-                rate = guide.refine_rate
-                local = {n: v + rate * m for (n, v), m in zip(local.items(), moves, strict=True)}
-        return local
+            at, bound = self._stand(local), None
+            for done in range(steps):
+                bound = self.bound_at(at, _seed()) if bound is None else bound
+                moves = self._moves(bound, at)
+                at, bound, sizes = self._step(
+                    at, moves, (2.0 * sizes).clamp(max=self.rate), done == steps - 1
+                )
+            return at if self.through else {n: v + (at[n] - v).detach() for n, v in local.items()}
+
+    def _stand(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """λ to take a gradient at: part of the graph of what it came from, or its start."""
+        at = dict(local) if self.through else {n: v.detach() for n, v in local.items()}
+        return {n: v if v.requires_grad else v.requires_grad_() for n, v in at.items()}
+
+    def _moves(self, bound: Bound, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """∇_λ ELBO, 0 for a datum where it is not finite."""
+        found = torch.autograd.grad(bound.total / self.scale, list(at.values()), create_graph=self.through)
+        finite = torch.stack(
+            [
+                torch.isfinite(m.detach()).flatten(1).all(1) if m.dim() > 1 else torch.isfinite(m.detach())
+                for m in found
+            ]
+        ).all(0)
+        return {n: torch.where(_over(finite, m), m, 0.0) for n, m in zip(at, found, strict=True)}
+
+    def _step(
+        self, at: Mapping[str, Tensor], moves: Mapping[str, Tensor], sizes: Tensor, is_last: bool
+    ) -> tuple[dict[str, Tensor], Bound | None, Tensor]:
+        """(λ, the ELBO there, the lengths that were taken)."""
+        seed = _seed()
+        with torch.no_grad():
+            before = _by_row(self.bound_at(at, seed), sizes)
+        for halvings in range(_HALVINGS + 2):
+            after = self._stand({n: v + _over(sizes, moves[n]) * moves[n] for n, v in at.items()})
+            try:
+                with torch.set_grad_enabled(not is_last):
+                    bound = self.bound_at(after, seed)
+                lower = _is_lower(_by_row(bound, sizes).detach(), before)
+            except ModelError:  # q is no distribution there, or the model does not run
+                bound, lower = None, sizes > 0
+            if not bool(lower.any()):
+                break
+            sizes = torch.where(lower, 0.5 * sizes if halvings < _HALVINGS else 0.0, sizes)
+        least = self.rate * 0.5**_HALVINGS
+        return after, bound, sizes.clamp(min=least)
+
+
+_HALVINGS = 10
+
+
+def _is_lower(after: Tensor, before: Tensor) -> Tensor:
+    """Where an ELBO fell by more than rounding, or is a number no more."""
+    slack = 16.0 * torch.finfo(before.dtype).eps * before.abs()
+    risen = (after >= before - slack) | (torch.isfinite(after) & ~torch.isfinite(before))
+    return ~risen
+
+
+def _by_row(bound: Bound, like: Tensor) -> Tensor:
+    return bound.constant.expand_as(like) if bound.per_datum is None else bound.per_datum.expand_as(like)
+
+
+def _over(rows: Tensor, like: Tensor) -> Tensor:
+    """[B] with as many axes as a λ [B, …]."""
+    return rows.reshape(-1, *[1] * (like.dim() - 1))
+
+
+def _seed() -> int:
+    return int(torch.randint(2**31 - 1, ()))
 
 
 @contextmanager
-def _held(guide: Any, local: dict[str, Tensor], done: int) -> Iterator[None]:
-    """Within the block an encoder's λ is this one, which so many steps have moved.
-
-    Raises:
-        ModelError: that the steps are too long, where q or the model no longer run after some of them.
-    """
-    try:
-        with guide.holding(local):
-            yield
-    except ModelError as error:
-        if not done:
-            raise
-        raise ModelError(
-            f"guide, rate of {guide.refine_steps} steps",
-            "steps up the ELBO from the encoder's λ that do not overshoot",
-            f"{guide.refine_rate}, after {done} of which q is no distribution or the model does not run",
-            "lower the guide's rate",
-        ) from error
+def _drawing(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block the draws are those of a seed; the stream outside goes on as if there were none."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
