@@ -424,7 +424,7 @@ def neural_emission(x: Tensor) -> None:
         pyro.sample("y", dist.Normal(0.0, scale), obs=x)
 
 
-@case(line, "first second scale loc")
+@case(line, "first second scale", "loc")
 def location_and_scale_by_two_latents(x: Tensor) -> None:
     loc = pyro.param("loc", lambda: normal(3, seed=30))
     scale = pyro.param("scale", lambda: normal(2, seed=31).exp(), constraint=constraints.positive)

@@ -83,35 +83,42 @@ class RefinedJoint(Joint):
         return _Ascent(bound_at, guide.refine_rate, rows.scale, through).run(local, guide.refine_steps)
 
 
+_HALVINGS = 10  # of a step, before it is given up
+_REACH = 1.0  # length of the longest step, in unconstrained coordinates: a scale by a factor e
+_NOISE = 1.0  # nats by which the ELBO of a datum at a draw may fall and be put down to the draw
+
+
 class _Ascent:
-    """Steps up each datum's ELBO by its own gradient, of a length that is halved where they do not go up.
+    """Steps up each datum's ELBO by its own gradient, of a length that is halved where they lead down.
 
-    The gradient is that at some draws of q; whether the ELBO rose is asked at others, the same before and after. The draw
-    in a tail that throws λ far away is thus found out by the next one, and so is a step that is too long. A datum's step
-    that has not gone up after `_HALVINGS` halvings is not taken.
+    The gradient is that at some draws of q; whether the ELBO fell is asked at others, the same before and after. A draw
+    in a tail that would throw λ far away is thus found out by the next one, and so is a step that is too long. Of sums
+    without draws no fall is taken, at draws one of `_NOISE`.
+    No step is longer than `_REACH`, as rare draws are not seen by one other: what a wide LogNormal has in its tail, say.
+    A datum's step that still leads down after `_HALVINGS` halvings is not taken.
 
-    bound_at: the ELBO at (λ, seed of the draws). scale: of the rows in it, over which gradients are divided.
+    bound_at: the ELBO at (λ, seed of the draws). scale: of the rows in it, by which gradients are divided.
     """
 
     def __init__(
         self, bound_at: Callable[[Mapping[str, Tensor], int], Bound], rate: float, scale: float, through: bool
     ) -> None:
         self.bound_at, self.rate, self.scale, self.through = bound_at, rate, scale, through
+        self.is_drawn = True  # until it shows that the ELBO is the same at other draws
 
     def run(self, local: dict[str, Tensor], steps: int) -> dict[str, Tensor]:
         """λ [B, …] by name, so many steps on."""
         first = next(iter(local.values()))
-        sizes = torch.full_like(
-            first.detach().flatten(1)[:, 0] if first.dim() > 1 else first.detach(), self.rate
-        )
+        sizes = torch.full_like(first.detach().reshape(len(first), -1)[:, 0], self.rate)
         with torch.enable_grad():
-            at, bound = self._stand(local), None
+            at = self._stand(local)
+            bound: Bound | None = None
             for done in range(steps):
                 bound = self.bound_at(at, _seed()) if bound is None else bound
                 moves = self._moves(bound, at)
-                at, bound, sizes = self._step(
-                    at, moves, (2.0 * sizes).clamp(max=self.rate), done == steps - 1
-                )
+                known = _by_row(bound, sizes)
+                at, bound, sizes = self._step(at, moves, known, sizes, done == steps - 1)
+                sizes = (2.0 * sizes).clamp(self.rate * 0.5**_HALVINGS, self.rate)
             return at if self.through else {n: v + (at[n] - v).detach() for n, v in local.items()}
 
     def _stand(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -122,48 +129,56 @@ class _Ascent:
     def _moves(self, bound: Bound, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇_λ ELBO, 0 for a datum where it is not finite."""
         found = torch.autograd.grad(bound.total / self.scale, list(at.values()), create_graph=self.through)
-        finite = torch.stack(
-            [
-                torch.isfinite(m.detach()).flatten(1).all(1) if m.dim() > 1 else torch.isfinite(m.detach())
-                for m in found
-            ]
-        ).all(0)
+        finite = torch.stack([torch.isfinite(m).reshape(len(m), -1).all(1) for m in found]).all(0)
         return {n: torch.where(_over(finite, m), m, 0.0) for n, m in zip(at, found, strict=True)}
 
     def _step(
-        self, at: Mapping[str, Tensor], moves: Mapping[str, Tensor], sizes: Tensor, is_last: bool
+        self,
+        at: Mapping[str, Tensor],
+        moves: Mapping[str, Tensor],
+        known: Tensor,
+        sizes: Tensor,
+        is_last: bool,
     ) -> tuple[dict[str, Tensor], Bound | None, Tensor]:
-        """(λ, the ELBO there, the lengths that were taken)."""
-        seed = _seed()
-        with torch.no_grad():
-            before = _by_row(self.bound_at(at, seed), sizes)
+        """(λ, the ELBO there, the lengths that were taken). known: the ELBO [B] at the draws of the gradient."""
+        seed, before = _seed(), known
+        if self.is_drawn:
+            with torch.no_grad():
+                before = _by_row(self.bound_at(at, seed), sizes)
+            self.is_drawn = not torch.equal(before, known)
+        noise = _NOISE * self.scale if self.is_drawn else 0.0
+        sizes = torch.minimum(sizes, _REACH / _length(moves))
         for halvings in range(_HALVINGS + 2):
             after = self._stand({n: v + _over(sizes, moves[n]) * moves[n] for n, v in at.items()})
             try:
                 with torch.set_grad_enabled(not is_last):
-                    bound = self.bound_at(after, seed)
-                lower = _is_lower(_by_row(bound, sizes).detach(), before)
+                    bound: Bound | None = self.bound_at(after, seed)
+                assert bound is not None
+                lower = _is_lower(_by_row(bound, sizes), before, noise)
             except ModelError:  # q is no distribution there, or the model does not run
                 bound, lower = None, sizes > 0
             if not bool(lower.any()):
                 break
             sizes = torch.where(lower, 0.5 * sizes if halvings < _HALVINGS else 0.0, sizes)
-        least = self.rate * 0.5**_HALVINGS
-        return after, bound, sizes.clamp(min=least)
+        return after, bound, sizes
 
 
-_HALVINGS = 10
-
-
-def _is_lower(after: Tensor, before: Tensor) -> Tensor:
-    """Where an ELBO fell by more than rounding, or is a number no more."""
-    slack = 16.0 * torch.finfo(before.dtype).eps * before.abs()
+def _is_lower(after: Tensor, before: Tensor, noise: float) -> Tensor:
+    """Where an ELBO fell by more than noise and rounding, or is no number any more."""
+    slack = noise + 16.0 * torch.finfo(before.dtype).eps * before.abs()
     risen = (after >= before - slack) | (torch.isfinite(after) & ~torch.isfinite(before))
     return ~risen
 
 
 def _by_row(bound: Bound, like: Tensor) -> Tensor:
-    return bound.constant.expand_as(like) if bound.per_datum is None else bound.per_datum.expand_as(like)
+    value = bound.constant if bound.per_datum is None else bound.per_datum
+    return value.detach().expand_as(like)
+
+
+def _length(moves: Mapping[str, Tensor]) -> Tensor:
+    """‖m‖ of each datum [B], over all its λ."""
+    length: Tensor = torch.cat([m.detach().reshape(len(m), -1) for m in moves.values()], 1).norm(dim=1)
+    return length
 
 
 def _over(rows: Tensor, like: Tensor) -> Tensor:

@@ -177,8 +177,7 @@ class Rules:
             self._refuse(name, f"is used in two ways: {listing}")
 
     def _check_locations(self) -> None:
-        """A location has a closed form if its precision is one number over its uses, known, or looked up: weighted by
-        those at hand, in turn with the spreads if these are fitted."""
+        """A location has a closed form if its precision is one number over its uses, or known."""
         seen: dict[str, dict[int, set[object]]] = {}
         for site, use in self.proposal.uses.items():
             lookup = use.lookups.get("loc")
@@ -195,14 +194,16 @@ class Rules:
             several = {i for found in by_entry.values() if len(found) > 1 for i in found}
             if not several:
                 continue
-            sites = [w.site for w in self.ways[name] if w.group == "loc"]
-            if any(self.proposal.uses[s].reading.kind == "mvn" for s in sites):
-                self._refuse(name, "its uses differ in their scale (matrices)")
-            elif not all(self._is_weighed_by_lookup(s) for s in sites):
-                computed = sorted({str(i[0]) for i in several if isinstance(i, tuple)})
-                self._refuse(name, f"its uses differ in their scale ({', '.join(computed)})")
+            fitted = sorted({str(i[0]) for i in several if isinstance(i, tuple) and not self._is_fixed(i[0])})
+            if fitted or any(
+                w.group == "loc" and self.proposal.uses[w.site].reading.kind == "mvn" for w in self.ways[name]
+            ):
+                self._refuse(name, f"its uses differ in their scale ({', '.join(fitted) or 'matrices'})")
             else:
                 self.weighted.add(name)
+
+    def _is_fixed(self, name: object) -> bool:
+        return name in self.problem.frozen
 
     def _is_wanted(self, use: Use) -> bool:
         names = {n for f in use.lookups.values() if f is not None for n in f.names}
