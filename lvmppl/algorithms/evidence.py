@@ -15,6 +15,7 @@ from lvmppl.density import Evaluation, Factor, Rows, Values, Variable, isolated,
 from lvmppl.errors import IntractableError
 from lvmppl.exact.continuous import constant_part
 from lvmppl.exact.elimination import eliminate
+from lvmppl.exact.ends import check_ends
 from lvmppl.exact.engine import continuous_posterior
 from lvmppl.exact.evidences import of_shared
 from lvmppl.exact.named import Named, align, log_sum_exp
@@ -201,6 +202,7 @@ def require_exact(problem: Problem, algorithm: str) -> None:
     few = {k: v[:_FEW_ROWS] for k, v in problem.data.items()} if is_chunkable(problem) else problem.data
     try:
         exact_posterior(replace(problem, data=few), problem.initial)
+        check_ends(problem.model, few, problem.initial, problem.free_theta)
     except IntractableError as error:
         where = f"fit '{problem.name}', algorithm {algorithm}"
         shared, fix = problem.model.structure.shared, error.fix

@@ -17,6 +17,7 @@ from lvmppl.exact.continuous import (
     LogJointOfModel,
     constant_part,
 )
+from lvmppl.exact.ends import check_ends
 from lvmppl.exact.evaluation import ImproperPosterior, NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.hidden import modes_of_terms, sums_of
@@ -46,6 +47,7 @@ def continuous_posterior(joint: Joint, data: Values, values: Values) -> Continuo
 
 def _continuous_posterior(joint: Joint, data: Values, values: Values) -> ContinuousPosterior:
     evaluation = _probe(joint, data, values)
+    check_ends(joint, data, values)
     layout = layout_of(joint, evaluation)
     log_joint = LogJointOfModel(joint, data, values, layout)
     rows = layout.rows(joint.structure.data_plate)

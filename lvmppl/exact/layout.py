@@ -14,6 +14,7 @@ from torch.distributions import CatTransform, Transform, biject_to, constraints,
 
 from lvmppl.density import Evaluation, Factor, Joint, SiteInfo
 from lvmppl.errors import IntractableError
+from lvmppl.exact.ends import support_of_a_row
 from lvmppl.exact.named import Named
 from lvmppl.exact.scales import UNIT, same_scale, scale_of
 from lvmppl.wording import abridged
@@ -116,7 +117,7 @@ def layout_of(joint: Joint, evaluation: Evaluation) -> Layout:
         inner = tuple(p for p in site.plates if p not in home)
         size = math.prod(evaluation.plate_sizes[p] for p in inner) * math.prod(site.event_shape)
         blocks.append(Block(site.name, begin, size, inner, site.event_shape))
-        transforms.append(_transform(site))
+        transforms.append(_transform(site, joint, inner))
         lengths.append(size)
         begin += size
     if states > MAX_CONFIGURATIONS and begin > QUADRATURE_DIMS:
@@ -164,11 +165,9 @@ def _row_scale(latents: list[SiteInfo], evaluation: Evaluation, joint: Joint, ho
     return scale
 
 
-def _transform(site: SiteInfo) -> Transform:
-    """ℝ → support, elementwise."""
-    support = site.support
-    while isinstance(support, constraints.independent | constraints.MixtureSameFamilyConstraint):
-        support = support.base_constraint
+def _transform(site: SiteInfo, joint: Joint, inner: tuple[str, ...]) -> Transform:
+    """ℝ → support, elementwise in the stacked entries of one row."""
+    support = support_of_a_row(joint.structure, site, inner)
     if (
         site.family == "VonMises"
     ):  # torch calls its support ℝ, but its density has integral 1 over one turn of the circle
