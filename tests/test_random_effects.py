@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import statsmodels.api as sm
 import torch
-from scipy import stats
+from scipy import optimize, stats
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -215,3 +215,46 @@ def test_model_that_reads_a_value_is_run_point_by_point() -> None:
     expected = stats.multivariate_normal(np.zeros(ROWS), z @ z.T + 0.25 * np.eye(ROWS)).logpdf(Y.numpy())
     post = lvmppl.posterior(model, {"g": G, "x": X, "y": Y})
     assert post.log_evidence == pytest.approx(expected, abs=1e-8)
+
+
+@pytest.mark.parametrize("algorithm", ["em", "enumeration"])
+def test_mode_of_a_spread_under_a_fixed_prior_equals_search_with_effects_integrated_out(
+    algorithm: str,
+) -> None:
+    """The joint density of the effects and a spread that has a prior itself has no bound as the spread goes to 0."""
+
+    def model(g: Tensor, x: Tensor, y: Tensor) -> None:
+        sigma, tau = positive("sigma", 0.5), pyro.sample("tau", dist.HalfCauchy(start(2.0)))
+        mu = pyro.sample("mu", dist.Normal(start(0.0), 3.0))
+        with pyro.plate("groups", GROUPS):
+            a = pyro.sample("a", dist.Normal(mu, tau))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(a[g], sigma), obs=y)
+
+    fit = lvmppl.fit(model, {"g": G, "x": X, "y": Y}, algorithm=algorithm, tolerance=1e-12)
+    assert set(fit.parameters) == {"sigma", "tau", "mu"}
+    z = np.eye(GROUPS)[G.numpy()]
+
+    def log_posterior(free: np.ndarray) -> float:
+        mu, tau, sigma = free[0], np.exp(free[1]), np.exp(free[2])
+        covariance = tau**2 * z @ z.T + sigma**2 * np.eye(ROWS)
+        prior = stats.norm.logpdf(mu, 0.0, 3.0) + stats.halfcauchy.logpdf(tau, scale=2.0)
+        return float(prior + stats.multivariate_normal(np.full(ROWS, mu), covariance).logpdf(Y.numpy()))
+
+    best = optimize.minimize(lambda free: -log_posterior(free), np.zeros(3), options={"gtol": 1e-7})
+    assert fit.history["objective"].iloc[-1] == pytest.approx(-best.fun, abs=1e-7)
+    assert float(fit.parameters["tau"]) == pytest.approx(np.exp(best.x[1]), abs=1e-3)
+
+
+def test_effects_under_a_spread_that_is_held_are_maximised() -> None:
+    def model(g: Tensor, y: Tensor) -> None:
+        tau = pyro.sample("tau", dist.Gamma(start(2.0), 2.0))
+        with pyro.plate("groups", GROUPS):
+            a = pyro.sample("a", dist.Normal(start(0.0), tau))
+        with pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=a[g]), obs=y)
+
+    data = {"g": G, "y": (Y > 0).double()}
+    with pytest.raises(IntractableError, match=r"a \(6\).*freeze"):
+        lvmppl.fit(model, data, algorithm="em")
+    assert "a" in lvmppl.fit(model, data, algorithm="em", freeze=["tau"]).parameters

@@ -18,6 +18,7 @@ from torch.distributions.constraints import Constraint
 
 from lvmppl.density.enumeration import Enumeration
 from lvmppl.density.handlers import Answer, Discovery, EnumerateChains, EnumeratedChain, EnumerateFinite
+from lvmppl.density.moving import MovingPriors
 from lvmppl.density.observed import check_observed
 from lvmppl.density.programs import Program
 from lvmppl.density.structure import ParameterSpec, SiteInfo, Structure, Values, shared_continuous
@@ -57,9 +58,8 @@ def discover(
 ) -> tuple[Structure, Any]:
     """Run `program` once on all rows and learn its parameters, sites and plates: (structure, trace of the run).
 
-    lift: whether continuous latent sites outside of the data plate become parameters with a prior: all whose prior holds no
-    parameter but those of `frozen`, or those named. (θ and its own prior have no joint maximum: the density of effects
-    a ~ N(μ, τ²) has no bound as τ → 0. Such a site stays latent, to be integrated out.)
+    lift: whether continuous latent sites outside of the data plate become parameters with a prior: those named, or all but
+    those that `MovingPriors` wants integrated out, which stay latent. What is in `frozen` is held.
     answer: where parameters of a `pyro.param` statement stand in this run, from name, constraint and start; at their
     start if None.
 
@@ -143,19 +143,15 @@ def _under_fitted_priors(
     frozen: Collection[str],
     sites: Sequence[str],
 ) -> list[str]:
-    """Those of the sites whose distribution depends on a parameter that moves, or on a draw that does."""
+    """Those of the sites that are to be integrated out, see `MovingPriors`."""
     if not sites:
         return []
-
-    def moving(name: str, value: Tensor) -> Tensor:
-        return value.detach().requires_grad_(name not in frozen and value.is_floating_point())
-
-    again = Discovery(weights, lambda name, *_: moving(name, found.answered(name)))
+    priors = MovingPriors(sites, frozen)
+    again = Discovery(weights, lambda name, *_: priors.moved(name, found.answered(name)))
     enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING, limited=True)
-    with torch.enable_grad(), again, poutine.trace() as tracer, enumeration, EnumerateChains():
-        program(data, {n: moving(n, w) for n, w in weights.items()})
-    nodes: Any = tracer.trace.nodes
-    return [n for n in sites if nodes[n]["fn"].log_prob(nodes[n]["value"].detach()).requires_grad]
+    with torch.enable_grad(), again, priors, enumeration, EnumerateChains():
+        program(data, {n: priors.moved(n, w) for n, w in weights.items()})
+    return priors.integrated
 
 
 def _domain(fn: Any) -> Constraint:
