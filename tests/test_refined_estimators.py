@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -104,19 +104,21 @@ def line_bound(values: Mapping[str, Tensor], through: bool, samples: int) -> Ten
     loc, log_scale = (encoded(values, n).unsqueeze(-1).expand(-1, len(e), len(e)) for n in ("loc", "scale"))
     x = X[:, None, None]  # [N, S, S'], and Z in the end
 
-    def at_draw(loc: Tensor, log_scale: Tensor, mu: Tensor, e: Tensor) -> Tensor:
-        z = loc + log_scale.exp() * e
-        log_q = dist.Normal(loc, log_scale.exp()).log_prob(z)
+    def at_draw(own: Sequence[Tensor], still: Sequence[Tensor], e: Tensor) -> Tensor:
+        z = own[0] + own[1].exp() * e
+        log_q = dist.Normal(still[0], still[1].exp()).log_prob(z)
         return dist.Normal(mu, 1.0).log_prob(z) + dist.Normal(z, 0.7).log_prob(x) - log_q
 
     at = [t if through else t.detach().requires_grad_() for t in (loc, log_scale)]
     mu = values["mu"] if through else values["mu"].detach()
-    moves = torch.autograd.grad(at_draw(*at, mu, e.unsqueeze(-1)).sum(), at, create_graph=through)
+    moving = [t.clone() for t in at]  # λ is held in log q
+    moves = torch.autograd.grad(at_draw(moving, at, e.unsqueeze(-1)).sum(), moving, create_graph=through)
     with torch.no_grad():
         size = (1.0 / torch.hypot(*moves)).clamp(max=LINE_RATE)
-        before = at_draw(*at, mu, e)
+        before = at_draw(at, at, e)
         for halvings in range(11):
-            after = at_draw(*(a + size * m for a, m in zip(at, moves, strict=True)), mu, e)
+            moved = [a + size * m for a, m in zip(at, moves, strict=True)]
+            after = at_draw(moved, moved, e)
             size = torch.where(after < before - 1.0, size / 2 if halvings < 10 else 0.0, size)
     assert bool((size < LINE_RATE).any())
     loc, scale = loc + size * moves[0], (log_scale + size * moves[1]).exp()

@@ -11,6 +11,7 @@ import torch
 from sklearn.datasets import load_iris, load_wine
 from test_guide_pairs import built
 from torch import Tensor
+from torch.distributions import constraints, transform_to
 
 from lvmppl.algorithms.objective import Objective
 from lvmppl.algorithms.problem import Problem, build_problem
@@ -137,6 +138,33 @@ def test_sharp_likelihood_under_long_steps_ends_above_the_encoder() -> None:
         before, after = mean_bounds(refined(sharp, irises(True), steps=5, rate=0.5), 20)
     assert bool(torch.isfinite(after).all())
     assert float(after.sum()) > float(before.sum())
+
+
+def test_refinement_leaves_the_exact_posterior_where_it_is() -> None:
+    """At q = p the path derivative is 0 at every draw; the total one took 0.4 nats a datum off a good encoder."""
+    precision = LOADINGS @ LOADINGS.T / 0.25 + torch.eye(2, dtype=F64)
+    covariance = torch.linalg.inv(precision)
+    x = irises(True)
+    mean = x @ LOADINGS.T @ covariance / 0.25
+    with isolated(0, F64):
+        problem = refined(factors, x, head="full", steps=3)
+        assert problem.guided is not None and problem.guided.guide is not None
+        guide: Any = problem.guided.guide.function
+        data, rows = problem.rows()
+        with torch.no_grad():
+            problem.guided.evaluate_guide(data, problem.initial, rows)
+            local = {n: v.clone() for n, v in guide.local.items()}
+        (loc,) = (n for n in local if n.endswith("loc"))
+        (tril,) = (n for n in local if n != loc)
+        cholesky = transform_to(constraints.lower_cholesky)
+        start = {
+            loc: mean,
+            tril: cholesky.inv(torch.linalg.cholesky(covariance)).expand_as(local[tril]).clone(),
+        }
+        guide._encoded = lambda data: start
+        ends = problem.guided._refined(data, problem.initial, rows)  # type: ignore[attr-defined]
+    for name, value in start.items():
+        torch.testing.assert_close(ends[name], value, rtol=0.0, atol=1e-10)
 
 
 def test_draws_outside_go_on_as_if_there_were_no_comparison() -> None:

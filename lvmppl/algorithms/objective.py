@@ -19,7 +19,7 @@ from lvmppl.algorithms.points import objective_kind
 from lvmppl.algorithms.problem import Problem
 from lvmppl.algorithms.reach import all_terms_outside, terms_reached, ties_rows
 from lvmppl.algorithms.surrogate import Draws, Estimate, at_draws, elbo_estimate, importance_estimate, stacked
-from lvmppl.density import PARTICLES, Drawing, Evaluation, Rows, Values, with_scales
+from lvmppl.density import PARTICLES, Drawing, Evaluation, Rows, Values, with_densities
 from lvmppl.errors import InputError, ModelError
 from lvmppl.options import VariationalOptions
 from lvmppl.settings import Annealing
@@ -210,9 +210,7 @@ class Objective:
         evaluation = self.joint.evaluate(data, values, rows, held)
         still = {n: v.detach() for n, v in values.items()}
         density = self.joint.evaluate_guide(data, still, rows, held)
-        own = {f.site: f for f in density.guide_factors if f.site in drawn}
-        factors = [own.get(f.site, f) for f in evaluation.guide_factors]
-        return replace(evaluation, guide_factors=tuple(with_scales(factors, evaluation.factors)))
+        return with_densities(evaluation, density)
 
     # ------------------------------------------------------------------------------------------------- first try
 

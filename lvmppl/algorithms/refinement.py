@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lvmppl.density import Drawing, Evaluation, Joint, Rows, Values, num_rows
+from lvmppl.density import Drawing, Evaluation, Joint, Rows, Values, num_rows, with_densities
 from lvmppl.elbo import Bound, elbo
 from lvmppl.errors import ModelError
 
@@ -76,9 +76,17 @@ class RefinedJoint(Joint):
             return local
         held = values if through else {n: v.detach() for n, v in values.items()}
 
-        def bound_at(local: Mapping[str, Tensor], seed: int) -> Bound:
-            with _drawing(seed, next(iter(local.values())).device), guide.holding(local):
-                return elbo(super(RefinedJoint, self).evaluate(data, held, rows), self.structure.data_plate)
+        def bound_at(moving: Mapping[str, Tensor], still: Mapping[str, Tensor], seed: int) -> Bound:
+            with _drawing(seed, next(iter(still.values())).device):
+                with guide.holding(moving):
+                    found = super(RefinedJoint, self).evaluate(data, held, rows)
+                if found.samples and moving is not still:
+                    with guide.holding(still):
+                        density = super(RefinedJoint, self).evaluate_guide(
+                            data, held, rows, Drawing(held=found.samples)
+                        )
+                    found = with_densities(found, density)
+            return elbo(found, self.structure.data_plate)
 
         return _Ascent(bound_at, guide.refine_rate, rows.scale, through).run(local, guide.refine_steps)
 
@@ -97,11 +105,19 @@ class _Ascent:
     No step is longer than `_REACH`, as rare draws are not seen by one other: what a wide LogNormal has in its tail, say.
     A datum's step that still leads down after `_HALVINGS` halvings is not taken.
 
-    bound_at: the ELBO at (λ, seed of the draws). scale: of the rows in it, by which gradients are divided.
+    The gradient at draws is the path derivative, λ held in log q (Roeder et al. 2017): it has no noise where q is the
+    posterior, which the total derivative would leave again.
+
+    bound_at: the ELBO at (λ of the draws and sums, λ of log q at draws, seed of the draws). scale: of the rows in it, by
+    which gradients are divided.
     """
 
     def __init__(
-        self, bound_at: Callable[[Mapping[str, Tensor], int], Bound], rate: float, scale: float, through: bool
+        self,
+        bound_at: Callable[[Mapping[str, Tensor], Mapping[str, Tensor], int], Bound],
+        rate: float,
+        scale: float,
+        through: bool,
     ) -> None:
         self.bound_at, self.rate, self.scale, self.through = bound_at, rate, scale, through
         self.is_drawn = True  # until it shows that the ELBO is the same at other draws
@@ -111,26 +127,27 @@ class _Ascent:
         first = next(iter(local.values()))
         sizes = torch.full_like(first.detach().reshape(len(first), -1)[:, 0], self.rate)
         with torch.enable_grad():
-            at = self._stand(local)
+            at, moving = self._stand(local)
             bound: Bound | None = None
             for done in range(steps):
-                bound = self.bound_at(at, _seed()) if bound is None else bound
-                moves = self._moves(bound, at)
-                known = _by_row(bound, sizes)
-                at, bound, sizes = self._step(at, moves, known, sizes, done == steps - 1)
+                bound = self.bound_at(moving, at, _seed()) if bound is None else bound
+                moves, known = self._moves(bound, moving), _by_row(bound, sizes)
+                at, moving, bound, sizes = self._step(at, moves, known, sizes, done == steps - 1)
                 sizes = (2.0 * sizes).clamp(self.rate * 0.5**_HALVINGS, self.rate)
             return at if self.through else {n: v + (at[n] - v).detach() for n, v in local.items()}
 
-    def _stand(self, local: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """λ to take a gradient at: part of the graph of what it came from, or its start."""
+    def _stand(self, local: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(λ, part of the graph of what it came from if that is differentiated, and the same to take a gradient in)."""
         at = dict(local) if self.through else {n: v.detach() for n, v in local.items()}
-        return {n: v if v.requires_grad else v.requires_grad_() for n, v in at.items()}
+        return at, {n: v.clone() if v.requires_grad else v.clone().requires_grad_() for n, v in at.items()}
 
-    def _moves(self, bound: Bound, at: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _moves(self, bound: Bound, moving: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """∇_λ ELBO, 0 for a datum where it is not finite."""
-        found = torch.autograd.grad(bound.total / self.scale, list(at.values()), create_graph=self.through)
+        found = torch.autograd.grad(
+            bound.total / self.scale, list(moving.values()), create_graph=self.through
+        )
         finite = torch.stack([torch.isfinite(m).reshape(len(m), -1).all(1) for m in found]).all(0)
-        return {n: torch.where(_over(finite, m), m, 0.0) for n, m in zip(at, found, strict=True)}
+        return {n: torch.where(_over(finite, m), m, 0.0) for n, m in zip(moving, found, strict=True)}
 
     def _step(
         self,
@@ -139,20 +156,23 @@ class _Ascent:
         known: Tensor,
         sizes: Tensor,
         is_last: bool,
-    ) -> tuple[dict[str, Tensor], Bound | None, Tensor]:
-        """(λ, the ELBO there, the lengths that were taken). known: the ELBO [B] at the draws of the gradient."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Bound | None, Tensor]:
+        """(λ, the same to take a gradient in, the ELBO there, the lengths that were taken).
+
+        known: the ELBO [B] at the draws of the gradient.
+        """
         seed, before = _seed(), known
         if self.is_drawn:
             with torch.no_grad():
-                before = _by_row(self.bound_at(at, seed), sizes)
+                before = _by_row(self.bound_at(at, at, seed), sizes)
             self.is_drawn = not torch.equal(before, known)
         noise = _NOISE * self.scale if self.is_drawn else 0.0
         sizes = torch.minimum(sizes, _REACH / _length(moves))
         for halvings in range(_HALVINGS + 2):
-            after = self._stand({n: v + _over(sizes, moves[n]) * moves[n] for n, v in at.items()})
+            after, moving = self._stand({n: v + _over(sizes, moves[n]) * moves[n] for n, v in at.items()})
             try:
                 with torch.set_grad_enabled(not is_last):
-                    bound: Bound | None = self.bound_at(after, seed)
+                    bound: Bound | None = self.bound_at(moving, after, seed)
                 assert bound is not None
                 lower = _is_lower(_by_row(bound, sizes), before, noise)
             except ModelError:  # q is no distribution there, or the model does not run
@@ -160,7 +180,7 @@ class _Ascent:
             if not bool(lower.any()):
                 break
             sizes = torch.where(lower, 0.5 * sizes if halvings < _HALVINGS else 0.0, sizes)
-        return after, bound, sizes
+        return after, moving, bound, sizes
 
 
 def _is_lower(after: Tensor, before: Tensor, noise: float) -> Tensor:

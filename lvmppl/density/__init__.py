@@ -17,7 +17,7 @@ from lvmppl.density.autoguides import build_guide, is_autoguide, spans_rows
 from lvmppl.density.coordinates import Coordinates
 from lvmppl.density.discovery import describe, discover, num_rows
 from lvmppl.density.enumeration import MAX_TABLE
-from lvmppl.density.factors import gaussian_chain_parts, with_scales
+from lvmppl.density.factors import gaussian_chain_parts, with_densities, with_scales
 from lvmppl.density.handlers import CheckValues, EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
 from lvmppl.density.joint import HeldJoint, Joint
@@ -75,5 +75,6 @@ __all__ = [
     "spans_rows",
     "time_axis",
     "unvalidated",
+    "with_densities",
     "with_scales",
 ]

@@ -112,6 +112,13 @@ def with_scales(guide_factors: Sequence[Factor], factors: Sequence[Factor]) -> I
         yield factor if like is None else replace(factor, scale=like.scale, scale_dims=like.scale_dims)
 
 
+def with_densities(evaluation: Evaluation, density: Evaluation) -> Evaluation:
+    """The evaluation with log q of its drawn sites from another pass of the guide, in which λ is held, say."""
+    own = {f.site: f for f in density.guide_factors if f.site in evaluation.samples}
+    factors = [own.get(f.site, f) for f in evaluation.guide_factors]
+    return replace(evaluation, guide_factors=tuple(with_scales(factors, evaluation.factors)))
+
+
 def _is_delta(fn: Any) -> bool:
     return family_name(fn) == "Delta"
 
