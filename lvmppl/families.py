@@ -181,7 +181,7 @@ def _lookup(table: Tensor, value: Tensor) -> Tensor:
             picked = rows.T.contiguous().index_select(0, value.reshape(-1)).T
         else:
             picked = rows.index_select(-1, value.reshape(-1))
-        picked = picked.reshape(*table.shape[:-1], *value.shape)
+        picked = picked.reshape(table.shape[:-1] + value.shape)
         order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
         shape = [max(a, b) for a, b in zip(table.shape[:-1], value.shape, strict=True)]
         return picked.permute(order).reshape(shape)

@@ -21,6 +21,7 @@ from lvmppl.density import (
     Structure,
     Values,
     build_guide,
+    check_states,
     check_steps,
     discover,
     is_autoguide,
@@ -185,6 +186,7 @@ def build_problem(
         with torch.no_grad():
             first = joint.evaluation_of(trace, Rows(structure.num_rows))
     check_steps(joint, data, initial, first)
+    check_states(joint, data, initial)
     return Problem(
         name,
         joint,

@@ -22,6 +22,7 @@ from lvmppl.density.handlers import CheckValues, EnumeratedChain
 from lvmppl.density.isolation import derive_seed, isolated, mixed, unvalidated
 from lvmppl.density.joint import HeldJoint, Joint
 from lvmppl.density.programs import Program, function_name
+from lvmppl.density.states import check_states
 from lvmppl.density.steps import check_steps
 from lvmppl.density.structure import (
     PARTICLES,
@@ -62,6 +63,7 @@ __all__ = [
     "Variable",
     "build_guide",
     "chain_axes",
+    "check_states",
     "check_steps",
     "derive_seed",
     "describe",

@@ -73,7 +73,9 @@ def discover(
             program(data, {})
     weights = {name: w.detach() for name, w in program.weights().items()}
     found = Discovery(weights, answer)
-    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING, limited=True)
+    mixed: list[str] = []
+    watched = mixed if program.role == "model" else None
+    enumeration = Enumeration(first_available_dim=-1 - _SPARE_NESTING, limited=True, mixed=watched)
     finite = EnumerateFinite() if program.role == "guide" else nullcontext()
     with found, poutine.trace() as tracer, enumeration, EnumerateChains(), finite:
         program(data, weights)
@@ -99,7 +101,7 @@ def discover(
             fn: Any = tracer.trace.nodes[name]["fn"]
             parameters[name] = ParameterSpec(name, _domain(fn), _median(fn), is_site=True)
             sites[name] = replace(sites[name], kind="parameter")
-    return Structure(parameters, sites, sizes, axes, nesting, plate, total), tracer.trace
+    return Structure(parameters, sites, sizes, axes, nesting, plate, total, tuple(mixed)), tracer.trace
 
 
 def check_plate(role: str, plate: str, size: int, rows: int) -> None:

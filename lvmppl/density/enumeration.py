@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lvmppl.density.dispatch import EagerMode
+from lvmppl.density.mixing import MixingFrom
 from lvmppl.errors import IntractableError, ModelError
 from lvmppl.wording import abridged
 
@@ -29,14 +30,17 @@ class Enumeration(EnumMessenger):
     """`poutine.enum` whose failures name the site. axes: who took each axis last: site, size and plates.
 
     limited: the model's own tensors are watched by `TableLimit`, from the site on with which one could be too large
-    (watching costs some microseconds an operation).
+    (watching costs some microseconds an operation). mixed: where to list what may mix states (see `Mixing`).
     """
 
-    def __init__(self, first_available_dim: int | None = None, limited: bool = False) -> None:
+    def __init__(
+        self, first_available_dim: int | None = None, limited: bool = False, mixed: list[str] | None = None
+    ) -> None:
         super().__init__(first_available_dim)
         self.axes: dict[int, tuple[str, int, tuple[str, ...]]] = {}
         self.states = 1  # of all enumerated sites together
         self.limited, self.watching = limited, ExitStack()
+        self.mixing = None if mixed is None else MixingFrom(-1 - (first_available_dim or -1), mixed)
 
     def __exit__(self, *error: Any) -> Any:
         self.watching.close()
@@ -54,6 +58,8 @@ class Enumeration(EnumMessenger):
             if str(_MAX_AXES) not in str(error):
                 raise
             raise self._too_many(msg) from error
+        if self.mixing is not None:
+            self.mixing.begin(self.watching)
         axis, value, event = msg["infer"]["_enumerate_dim"], msg["value"], msg["fn"].event_dim
         if value.dim() > _MAX_AXES - _SPARE_AXES:
             raise self._too_many(msg)

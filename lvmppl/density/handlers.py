@@ -230,7 +230,7 @@ class Hold(Messenger):
             kept = {n: depth for n, depth in scope.items() if n not in self.points}
             msg["infer"]["_markov_scope"] = type(scope)(kept)
         if not msg["is_observed"] and msg["name"] in self.points:
-            _unmask(msg)
+            unmask(msg)
 
 
 class EnumeratedChain(dist.TorchDistribution):
@@ -275,12 +275,12 @@ class EnumerateChains(Messenger):
         infer = msg["infer"]
         if msg["is_observed"] or ("_enumerate_dim" not in infer and infer.get("enumerate") != "parallel"):
             return
-        _unmask(msg)
+        unmask(msg)
         if isinstance(msg["fn"], MarkovChain):
             msg["fn"] = EnumeratedChain(msg["fn"], self.paths)
 
 
-def _unmask(msg: Any) -> None:
+def unmask(msg: Any) -> None:
     """Masks act on observed factors only: a latent site that is summed or integrated out keeps its prior."""
     msg["mask"], msg["fn"] = None, _without_mask(msg["fn"])
 

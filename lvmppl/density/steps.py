@@ -46,12 +46,12 @@ def check_steps(joint: Joint, data: Values, values: Values, known: Evaluation | 
         indices = torch.linspace(0, rows.size - 1, _ROWS).long()
         rows, data = Rows(rows.size, indices), {k: v[indices] for k, v in data.items()}
         known = known and _at_rows(known, plate, indices)
-    pinned = _Pinned(joint.first_available_dim)
+    pinned = Pinned(joint.first_available_dim)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), unvalidated():
-        first = known or _Probe(joint, pinned, None).evaluate(data, values, rows)
+        first = known or Probe(joint, pinned, None).evaluate(data, values, rows)
         meeting = max(1, *(len(_chains_of(f, first.variables)) for f in first.factors))
         paths = partial(sequences, chains=meeting)
-        again = _Probe(joint, pinned, paths).evaluate(data, values, rows)
+        again = Probe(joint, pinned, paths).evaluate(data, values, rows)
         for before, after in zip(first.factors, again.factors, strict=True):
             _compare(before, after, first.variables, paths)
             _check_masked(before, first.variables)
@@ -76,8 +76,9 @@ def _at_rows(evaluation: Evaluation, plate: str, indices: Tensor) -> Evaluation:
     return replace(evaluation, factors=factors, variables=variables)
 
 
-class _Pinned(Messenger):
-    """Sites that are not enumerated stand where they were first drawn, the same under every state of the others."""
+class Pinned(Messenger):
+    """Sites that are not enumerated, and subsamples, stand where they were first drawn, the same under every state of the
+    others."""
 
     def __init__(self, first_axis: int) -> None:
         super().__init__()
@@ -85,11 +86,12 @@ class _Pinned(Messenger):
         self.points: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["done"] or msg["is_observed"] or site_is_subsample(msg):
-            return
-        if msg["infer"].get("enumerate") == "parallel":
+        if msg["done"] or msg["is_observed"] or msg["infer"].get("enumerate") == "parallel":
             return
         name, fn = msg["name"], msg["fn"]
+        if site_is_subsample(msg):
+            msg["value"], msg["done"] = self.points.setdefault(name, fn.sample()), True
+            return
         if name not in self.points:
             value = fn.sample()
             own = -self.first_axis - 1 + fn.event_dim
@@ -99,10 +101,10 @@ class _Pinned(Messenger):
         msg["value"], msg["done"] = self.points[name], True
 
 
-class _Probe(Joint):
+class Probe(Joint):
     """The model with each chain at given sequences of states, or at the states of one step."""
 
-    def __init__(self, joint: Joint, pinned: _Pinned, paths: Paths | None) -> None:
+    def __init__(self, joint: Joint, pinned: Pinned, paths: Paths | None) -> None:
         super().__init__(joint.model, joint.structure)
         self.pinned, self.paths = pinned, paths
 

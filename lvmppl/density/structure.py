@@ -152,7 +152,10 @@ class SiteInfo:
 
 @dataclass(frozen=True)
 class Structure:
-    """What one trace taught of a program: parameters, sites, plates and where the data plate stands."""
+    """What one trace taught of a program: parameters, sites, plates and where the data plate stands.
+
+    mixed: operations of a model that may have put the values of enumerated sites together over their states.
+    """
 
     parameters: Mapping[str, ParameterSpec]
     sites: Mapping[str, SiteInfo]
@@ -161,6 +164,7 @@ class Structure:
     nesting: int
     data_plate: str | None
     num_rows: int
+    mixed: tuple[str, ...] = ()
 
     @property
     def latents(self) -> tuple[str, ...]:
