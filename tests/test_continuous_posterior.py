@@ -165,6 +165,25 @@ def test_direction_under_a_von_mises_prior_is_integrated_over_one_turn() -> None
     assert bool((post.sample(200)["z"].abs() <= math.pi).all())
 
 
+def test_direction_under_a_mixture_of_von_mises_equals_scipy() -> None:
+    weights, loc, concentration = np.array([0.3, 0.7]), np.array([-2.0, 1.0]), np.array([3.0, 0.7])
+
+    def model(x: Tensor) -> None:
+        parts = dist.VonMises(torch.tensor(loc), torch.tensor(concentration))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.MixtureSameFamily(dist.Categorical(torch.tensor(weights)), parts))
+            pyro.sample("x", dist.Normal(2.0 * z.sin() + z.cos(), 0.8), obs=x)
+
+    def density(z: float, x: float) -> float:
+        prior = weights @ stats.vonmises(concentration, loc=loc).pdf(z)
+        return float(prior * stats.norm(2.0 * np.sin(z) + np.cos(z), 0.8).pdf(x))
+
+    x = torch.tensor([0.3, -1.2, 2.5], dtype=torch.float64)
+    expected = [np.log(integrate.quad(density, -np.pi, np.pi, args=(v,), epsabs=1e-12)[0]) for v in x.numpy()]
+    found = lvmppl.posterior(model, {"x": x}).log_evidence_per_datum
+    np.testing.assert_allclose(found, expected, rtol=1e-7)  # as torch's Bessel function
+
+
 def test_quadrature_with_an_enumerated_site_equals_scipy(x: Tensor) -> None:
     y = x[:3, 0].abs().round()
 

@@ -243,8 +243,15 @@ def _read_sites(trace: Any) -> tuple[dict[str, SiteInfo], dict[str, int], dict[s
             bool(site["infer"].get("is_auxiliary")),
             fn.support,
             bool(getattr(fn, "has_enumerate_support", False)) or isinstance(fn, MarkovChain),
+            _is_circular(fn),
         )
     return sites, sizes, axes
+
+
+def _is_circular(fn: Any) -> bool:
+    """Whether a distribution is of angles, or a mixture of such."""
+    inner = getattr(fn, "base_dist", getattr(fn, "component_distribution", None))
+    return isinstance(fn, torch.distributions.VonMises) if inner is None else _is_circular(inner)
 
 
 def family_name(fn: Any) -> str:

@@ -148,6 +148,7 @@ class SiteInfo:
     auxiliary: bool = False  # a guide's own variable, which the model knows nothing of
     support: Any = None
     finite: bool = False  # its states can be listed
+    circular: bool = False  # of angles: its integral is 1 over one turn, though torch calls its support ℝ
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,7 @@ def _row_scale(latents: list[SiteInfo], evaluation: Evaluation, joint: Joint, ho
 def _transform(site: SiteInfo, joint: Joint, inner: tuple[str, ...]) -> Transform:
     """ℝ → support, elementwise in the stacked entries of one row."""
     support = support_of_a_row(joint.structure, site, inner)
-    if (
-        site.family == "VonMises"
-    ):  # torch calls its support ℝ, but its density has integral 1 over one turn of the circle
+    if site.circular:
         support = constraints.interval(-math.pi, math.pi)
     if support is constraints.real or support is constraints.real_vector:
         return identity_transform
