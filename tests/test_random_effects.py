@@ -144,6 +144,7 @@ def test_effects_under_a_prior_that_is_held_are_maximised() -> None:
     data = {"g": G, "x": X, "y": Y}
     fit = lvmppl.fit(intercepts, data, algorithm="em", freeze=["mu", "tau"], tolerance=1e-13)
     assert set(fit.history["objective_kind"]) == {"log_posterior"}
+    assert {s.parameter: s.how for s in fit.m_step}["a"] == "closed-form"
     a, sigma = fit.parameters["a"].numpy(), float(fit.parameters["sigma"])
     z = np.eye(GROUPS)[G.numpy()]
     left = Y.numpy() - float(fit.parameters["slope"]) * X.numpy()

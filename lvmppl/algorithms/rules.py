@@ -102,7 +102,7 @@ class Rules:
         """A prior keeps a closed form if it is conjugate, or quadratic in a location."""
         for name in self.problem.lifted:
             fn, ways = self.views[name].fn, self.ways[name]
-            alone = self.proposal.opaque[name][1] <= {name}
+            alone = self.proposal.opaque[name][1] <= {name, *self.problem.frozen}
             value, parts = self.problem.initial[name], None
             if ways and alone and name not in self.computed:
                 parts = pseudo_statistics(fn, ways[0].group, ways[0].spelling, value)
