@@ -165,7 +165,7 @@ class LogJointOfModel:
         for factor in evaluation.factors:
             if is_constant(factor, self.joint, self.layout):
                 continue
-            part = self._table(factor, dims)
+            part = self.row_table(factor, dims)
             total = part if total is None else total + part
         assert total is not None
         return total
@@ -296,7 +296,7 @@ class LogJointOfModel:
             self._manner.entries = entries_at_a_point(variables, sizes) // rows
         return self._manner.entries * rows
 
-    def _table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
+    def row_table(self, factor: Factor, dims: tuple[str, ...]) -> Tensor:
         """A factor's log-probabilities over `dims`, its other plates multiplied out."""
         named = times(Named(factor.log_prob, factor.dims), ratio(scale_of(factor), self.layout.scale))
         out = [i for i, d in enumerate(named.dims) if d not in dims]

@@ -23,8 +23,10 @@ from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.hidden import modes_of_terms, sums_of
 from lvmppl.exact.layout import QUADRATURE_DIMS, Layout, layout_of
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrained
+from lvmppl.exact.secants import BoundsOf
 from lvmppl.exact.state_space import state_space_posterior
 from lvmppl.exact.summed import summed_probabilities
+from lvmppl.exact.term_bounds import bounds_of_factors
 from lvmppl.shared_posteriors import SharedPosterior
 from lvmppl.summed_posteriors import SummedPosterior, SummedSites
 from lvmppl.wording import abridged
@@ -122,6 +124,9 @@ class _Search:
     starts: Tensor | None
     opaque: list[str]  # sites that are a function of z and nothing else is known of
     every_term: bool  # of which log p(x, z) is the sum has been climbed by itself
+    bounds: BoundsOf | None = (
+        None  # by which a scan overlooks nothing, where the terms are those that are summed out
+    )
 
     def blind(self, posterior: QuadraturePosterior, dim: int) -> str:
         """Why nothing bounds the mass that may have been missed; empty if something does."""
@@ -143,7 +148,10 @@ def _search(log_joint: LogJointOfModel, rows: tuple[int, ...], dtype: torch.dtyp
     starts = starts.reshape(-1, *[1] * len(rows), dim).expand(-1, *rows, dim)
     sums = sums_of(density, starts[1:2])
     found = modes_of_terms(density, sums, starts) if sums.sizes else None
-    return _Search(found, opaque, sums.all_tried and not log_joint.layout.summed)
+    summed = bool(log_joint.layout.summed)
+    told = summed and dim == 1 and not opaque and not sums.sizes
+    bounds = bounds_of_factors(log_joint, log_joint.layout.transform) if told else None
+    return _Search(found, opaque, sums.all_tried and not summed, bounds)
 
 
 def _probe(joint: Joint, data: Values, values: Values) -> Evaluation:
@@ -213,6 +221,7 @@ def _solve(
         starts=search.starts,
         wary=bool(search.opaque) or not search.every_term,
         select=chosen,
+        bounds=search.bounds,
         dtype=dtype,
         device=log_joint.device,
     )

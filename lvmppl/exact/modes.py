@@ -25,6 +25,7 @@ from lvmppl.exact.scans import (
     scan_peaks,
     scan_points,
 )
+from lvmppl.exact.secants import BoundsOf
 from lvmppl.exact.single_modes import Box, single_modes
 
 MAX_MODES = {1: 24, 2: 12, 3: 8}
@@ -65,14 +66,15 @@ def find_modes(
     chunk: int,
     drop: float,
     wary: bool = False,
+    bounds: BoundsOf | None = None,
 ) -> Modes:
     """The modes of every row, once each, the highest first.
 
     Where scans show that there is one, they show where as well (``lvmppl.exact.single_modes``); of other rows modes are
     climbed to. ``starts [S, N, d]`` are looked at too. ``like`` gives dtype and device, ``drop`` is of ``single_modes``,
-    ``wary`` of ``_climbed``.
+    ``wary`` of ``_climbed``, ``bounds`` of ``single_modes``.
     """
-    single = single_modes(restrict, num_rows, dim, starts, like, chunk, drop, wary)
+    single = single_modes(restrict, num_rows, dim, starts, like, chunk, drop, wary, bounds)
     centre, scale = single.centre.unsqueeze(0), single.scale.unsqueeze(0)
     present = torch.ones_like(centre[..., 0], dtype=torch.bool)
     missed, concave = torch.zeros_like(present[0]), single.concave & single.found

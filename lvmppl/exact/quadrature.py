@@ -34,6 +34,7 @@ from lvmppl.exact.evaluation import CHUNK, LogJoint, Rows, row_shape, with_gradi
 from lvmppl.exact.modes import find_modes
 from lvmppl.exact.quadrature_posterior import QuadraturePosterior, unconstrained
 from lvmppl.exact.refinement import MAX_NODES, Cells, joined_cells, kept_cells, refined
+from lvmppl.exact.secants import BoundsOf
 from lvmppl.exact.unseen import around_poles, beyond_ends
 
 # Rows a block, such that usual lattices fit.
@@ -51,6 +52,7 @@ def quadrature(
     max_nodes: int | None = None,
     wary: bool = False,
     select: Restrict | None = None,
+    bounds: BoundsOf | None = None,
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
     chunk: int = CHUNK,
@@ -62,6 +64,8 @@ def quadrature(
     unconstrained, are tried besides points around the origin. ``tolerance`` on log evidence stops the
     refinement of a row, or else ``max_nodes`` a chart does (2¹⁵, 2²⁰, 2²¹ for d = 1, 2, 3): the error then
     says how far it came. ``wary``: search densely for modes even where the log density looks concave.
+    ``bounds(index [M], z [S, M, 1])``, for d = 1: of the terms of the log joint, unconstrained; rows of which they
+    show that a plain scan overlooks nothing are not searched densely (``lvmppl.exact.secants``).
     ``select(index [M])``, the log joint ``[S, M, d] -> [S, M]`` of some flat rows, lets
     rows be worked on in blocks, and only the hard ones be refined; give it for many rows. Memory: O(chunk)
     for the log joint, and the nodes kept.
@@ -88,6 +92,7 @@ def quadrature(
             chunk,
             wary,
             transform,
+            bounds,
         )
         solved.append(block.solve(like, dim))
     log_evidence = torch.cat([s[0] for s in solved])
@@ -146,10 +151,16 @@ class _Block:
     chunk: int
     wary: bool
     transform: Transform | None
+    bounds: BoundsOf | None
 
     def log_joint(self, rows: Tensor) -> LogJoint:
         """The log joint of some rows of the block."""
         return self.restrict(self.index[rows])
+
+    def _bounds(self) -> BoundsOf | None:
+        """Those of some rows of the block."""
+        whole = self.bounds
+        return None if whole is None else lambda rows, z: whole(self.index[rows], z)
 
     def solve(self, like: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Cells]:
         """Log evidence, its error and whether the density is log-concave, ``[M]`` each, and the cells.
@@ -158,7 +169,9 @@ class _Block:
         """
         size = len(self.index)
         drop = 10.0 - math.log(self.tolerance)
-        modes = find_modes(self.log_joint, size, dim, self.starts, like, self.chunk, drop, self.wary)
+        modes = find_modes(
+            self.log_joint, size, dim, self.starts, like, self.chunk, drop, self.wary, self._bounds()
+        )
         partition = partition_of(modes)
         density = Density(self.log_joint, partition, drop, self.chunk)
         charts = charts_of(density, modes)

@@ -27,6 +27,7 @@ from lvmppl.exact.scans import (
     scan_peaks,
     scan_points,
 )
+from lvmppl.exact.secants import BoundsOf, sees_all
 
 CORE = 2.0  # a density is centred and scaled by the part of it this far below the maximum
 ROUNDS = 8  # of scans, until centre and scale stay
@@ -53,7 +54,8 @@ class Box:
 
 @dataclass
 class Single:
-    """Rows ``found [N]`` with one mode, at ``centre [N, d]``, of ``scale [N, d, d]``, and whether ``concave [N]``.
+    """Rows ``found [N]`` with one mode, at ``centre [N, d]``, of ``scale [N, d, d]``, and whether ``concave [N]`` or even
+    ``sure [N]``: bounds of the terms of the density leave no room for another mode, and concavity is not looked at.
 
     ``top [N]``: the highest value of a scan around the mode. ``box`` is that of the mode's chart. Entered row by row while
     they are sought.
@@ -63,6 +65,7 @@ class Single:
     scale: Tensor
     found: Tensor
     concave: Tensor
+    sure: Tensor
     top: Tensor
     box: Box
 
@@ -71,14 +74,13 @@ class Single:
         """None found yet."""
         no = torch.zeros_like(centre[:, 0], dtype=torch.bool)
         box = Box(centre.clone(), centre.clone(), no.clone())
-        return cls(centre, scale, no, no.clone(), torch.full_like(centre[:, 0], -torch.inf), box)
+        return cls(centre, scale, no, no.clone(), no.clone(), torch.full_like(centre[:, 0], -torch.inf), box)
 
     def of(self, rows: Tensor) -> Single:
         """Some of the rows."""
         box = Box(self.box.low[rows], self.box.high[rows], self.box.known[rows])
-        return Single(
-            self.centre[rows], self.scale[rows], self.found[rows], self.concave[rows], self.top[rows], box
-        )
+        one = (self.centre[rows], self.scale[rows], self.found[rows], self.concave[rows])
+        return Single(*one, self.sure[rows], self.top[rows], box)
 
     def near(self, z: Tensor) -> Tensor:
         """Points ``z [P, N, d]`` within ``NEAR`` of the centre: ``[P, N]``."""
@@ -100,11 +102,13 @@ def single_modes(
     chunk: int,
     drop: float,
     wary: bool,
+    bounds: BoundsOf | None = None,
 ) -> Single:
     """The rows that are seen to have one mode.
 
     ``starts [P, N, d]``: points from which the way to the mode must rise all along. ``drop``: a box ends where the
     density is so many nats below its maximum. ``wary``: scan rows densely even where the log density looks concave.
+    ``bounds``: of the terms of the density of one axis, to tell rows of which a scan overlooks nothing.
     """
     centre, unit = like.new_zeros(num_rows, dim), torch.eye(dim).to(like).repeat(num_rows, 1, 1)
     z = scan_points(centre, unit, *SCAN[dim])
@@ -112,16 +116,15 @@ def single_modes(
     first = scan_peaks(z, values, SCAN[dim][0])
     begin = _core(values, centre, unit)
     single = Single.nowhere(begin[0], begin[1])
-    _scanned(
-        restrict, single, (~first.missed & (first.values[0] > -torch.inf)).nonzero().squeeze(-1), chunk, drop
-    )
+    todo = (~first.missed & (first.values[0] > -torch.inf)).nonzero().squeeze(-1)
+    _scanned(restrict, single, todo, chunk, drop, bounds)
     # One axis is seen from end to end; where a scan is not in units of the mode, a ridge has peaks in several.
     single.found &= first.only | (single.concave & (dim > 1))
     elsewhere = (first.values > -torch.inf) & ~single.near(first.points)
     candidates = [torch.where(elsewhere.unsqueeze(-1), first.points, torch.nan)]
     candidates += [] if starts is None else [starts]
     _check_ways(restrict, single, torch.cat(candidates), chunk)
-    doubtful = (single.found & (~single.concave | wary)).nonzero().squeeze(-1)
+    doubtful = (single.found & ~single.sure & (~single.concave | wary)).nonzero().squeeze(-1)
     if len(doubtful):
         for some, scans in dense_peaks(restrict, doubtful, single.centre, single.scale, chunk):
             for peaks in scans:
@@ -129,26 +132,46 @@ def single_modes(
     return single
 
 
-def _scanned(restrict: Restrict, single: Single, todo: Tensor, chunk: int, drop: float) -> None:
+def _scanned(
+    restrict: Restrict, single: Single, todo: Tensor, chunk: int, drop: float, bounds: BoundsOf | None
+) -> None:
     """Scan the rows ``todo [M]`` around their centres until these stay, and enter what is seen then."""
     dim = single.centre.shape[-1]
     for _ in range(ROUNDS):
         if len(todo) == 0:
             return
         z = scan_points(single.centre[todo], single.scale[todo], *SCAN[dim])
-        values = evaluate(restrict(todo), torch.cat([z, scan_midpoints(z)]), chunk)
+        # with bounds few rows are asked whether they are concave, else one run of the model says so of all
+        asked = z if bounds is not None else torch.cat([z, scan_midpoints(z)])
+        values = evaluate(restrict(todo), asked, chunk)
         values, middles = values[: len(z)], values[len(z) :]
         centre, scale, settled = _core(values, single.centre[todo], single.scale[todo])
         rests, z, values, middles = todo[settled], z[:, settled], values[:, settled], middles[:, settled]
         if len(rests):
             single.found[rests] = single.of(rests).holds(scan_peaks(z, values, SCAN[dim][0]))
             single.top[rests] = values.amax(0)
-            single.concave[rests] = is_concave(values, middles)
             single.box.low[rests], single.box.high[rests], single.box.known[rests] = _enclosed(
                 values, dim, drop
             )
+            if bounds is None:
+                single.concave[rests] = is_concave(values, middles)
+            else:
+                _bounded(restrict, single, rests, z, values, chunk, bounds)
         todo = todo[~settled]
         single.centre[todo], single.scale[todo] = centre[~settled], scale[~settled]
+
+
+def _bounded(
+    restrict: Restrict, single: Single, rows: Tensor, z: Tensor, values: Tensor, chunk: int, bounds: BoundsOf
+) -> None:
+    """Enter of which of the rows ``[M]`` a scan with ``values [S, M]`` at ``z [S, M, 1]`` overlooks nothing, and which of
+    the others look concave.
+    """
+    single.sure[rows] = sees_all(values, bounds(rows, z))
+    left = ~single.sure[rows]
+    if bool(left.any()):
+        middles = evaluate(restrict(rows[left]), scan_midpoints(z[:, left]), chunk)
+        single.concave[rows[left]] = is_concave(values[:, left], middles)
 
 
 def _core(values: Tensor, centre: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
