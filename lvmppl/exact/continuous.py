@@ -265,8 +265,7 @@ class LogJointOfModel:
     def dependent(self, z: Tensor) -> dict[str, list[str]]:
         """The sites whose log-density depends on the continuous ones, by evaluation at z [S, *rows, d], S > 1; and which
         of the sites that are summed out it depends on too."""
-        with torch.no_grad():
-            factors = [f for f in self.evaluation(z).factors if POINTS in f.dims]
+        factors = [f for f in self.evaluation(z).factors if POINTS in f.dims]
         if self._runs_singly(z):
             factors = [
                 f for f in factors if not torch.equal(f.log_prob, f.log_prob[:1].expand_as(f.log_prob))

@@ -22,6 +22,7 @@ from lvmppl.exact.evaluation import ImproperPosterior, NotQuadratic
 from lvmppl.exact.gaussian import gaussian_posterior
 from lvmppl.exact.hidden import modes_of_terms, sums_of
 from lvmppl.exact.layout import QUADRATURE_DIMS, Layout, layout_of
+from lvmppl.exact.piecewise import Pieces
 from lvmppl.exact.quadrature import QuadraturePosterior, quadrature, unconstrained
 from lvmppl.exact.secants import BoundsOf
 from lvmppl.exact.state_space import state_space_posterior
@@ -102,14 +103,18 @@ def _dependent(log_joint: LogJointOfModel) -> list[_Dependent]:
     )
     transform = log_joint.layout.transform
     sites = log_joint.joint.structure.sites
-    found = log_joint.dependent(z if transform is None else transform(z))
+    found = log_joint.dependent((z if transform is None else transform(z)).requires_grad_())
     return [_Dependent(name, sites[name].family, given) for name, given in found.items() if name in sites]
 
 
 def _not_gaussian(log_joint: LogJointOfModel) -> list[str]:
     """Sites that depend on the continuous ones and are not Gaussian, or only given a site that is summed out: that log p
-    is quadratic at random points is then no proof that it is so everywhere (a narrow second mode may lie between them)."""
-    return [str(s) for s in _dependent(log_joint) if s.given or s.family not in _GAUSSIAN]
+    is quadratic at random points is then no proof that it is so everywhere (a narrow second mode may lie between them).
+    As little is it one of a function of them by pieces."""
+    with torch.enable_grad(), Pieces() as pieces:
+        dependent = _dependent(log_joint)
+    suspects = [str(s) for s in dependent if s.given or s.family not in _GAUSSIAN]
+    return suspects + ([f"a function by pieces ({', '.join(pieces.names)})"] if pieces.names else [])
 
 
 def _unproven(log_joint: LogJointOfModel) -> str:
