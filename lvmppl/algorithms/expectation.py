@@ -63,6 +63,7 @@ class Expectations:
             if not all(_agree(f.log_prob, own) for f, own in zip(frame.factors, found.values(), strict=True)):
                 self._cannot("the model computes something else than the operations it was seen to make")
                 self._by_running.add(key)
+                self._known[key] = None  # its memory is of no more use
             return frame
         return _with(known.frame, found)
 
