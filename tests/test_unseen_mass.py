@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
@@ -147,3 +149,24 @@ def test_error_of_two_smooth_modes_of_unlike_height_stays_small() -> None:
     found = quadrature(function, 1, 1)
     truth = math.log1p(math.exp(-4.0)) + 0.5 * math.log(2.0 * math.pi / 25.0)
     assert abs(float(found.log_evidence) - truth) <= float(found.log_evidence_error) < 1e-6
+
+
+def test_work_on_a_thin_ring_is_bounded_and_its_error_infinite() -> None:
+    """Every piece of a ring of width 0.001 has a chart of its own; each alone could be refined for minutes."""
+    width, points = 0.001, 0
+
+    def model(x: Tensor) -> None:
+        nonlocal points
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=torch.float64), 3.0).to_event(1))
+            points += z.numel() // 2
+            pyro.factor("ring", -((z.norm(dim=-1) - 1.0) ** 2) / (2 * width**2))
+            pyro.sample("x", dist.Normal(torch.zeros((), dtype=torch.float64), 1.0), obs=x)
+
+    post = lvmppl.posterior(model, {"x": torch.tensor([0.3], dtype=torch.float64)})
+    radius = np.linspace(1.0 - 12.0 * width, 1.0 + 12.0 * width, 20001)
+    density = radius * np.exp(-((radius - 1.0) ** 2) / (2 * width**2) - radius**2 / 18.0) / 9.0
+    expected = np.log(np.trapezoid(density, radius)) + stats.norm.logpdf(0.3)
+    assert post.kind == "estimate" and post.log_evidence_error == math.inf
+    assert post.log_evidence == pytest.approx(expected, abs=0.05)
+    assert points < 1.4e7

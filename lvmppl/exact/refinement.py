@@ -31,6 +31,9 @@ MAX_NODES = {1: 1 << 15, 2: 1 << 20, 3: 1 << 21}
 FIRST = {1: 0.25, 2: 0.45, 3: 0.45}
 # Nodes times rows worked on at once.
 POINTS = 1 << 18
+# Nodes of a row, over all its charts and lattices, after which it keeps the error that it has: minutes would not tell more
+# of a density along a thin curve, whose every piece has a chart of its own.
+SPENT = 1 << 23
 # Factor on disagreements that may be small by accident.
 SAFETY = 4.0
 # Cells kept of a block: the nodes of a hard row are those of its finest lattice that has few enough.
@@ -120,15 +123,21 @@ def refined(
         level = (torch.tensor(LADDER[:-1]).to(steps) < steps).sum(-1)
         progress.level[k, chart.rows] = level.clamp(max=max(0, top - 1))
     floor = max(0.9 * tolerance, 64.0 * torch.finfo(like.dtype).eps)
-    first = True
+    first, spent = True, like.new_zeros(num_rows)
     while active.any():
         # One lattice says little of its error: the first two are evaluated together.
         begin = [progress.level, (progress.level + 1).clamp(max=top)] if first and top else [progress.level]
+        sides = torch.tensor(LADDER).to(like)
+        spent += sum(torch.where(active, sides[level] ** dim, 0.0).sum(0) for level in begin)
         charts[:] = _step(density, charts, active, begin, progress)
         progress.level, first = begin[-1], False
         matters = progress.shares()
         active = (
-            active & (matters.sum(0) > floor) & (matters > 0.5 * floor / len(charts)) & (progress.level < top)
+            active
+            & (matters.sum(0) > floor)
+            & (matters > 0.5 * floor / len(charts))
+            & (progress.level < top)
+            & (spent < SPENT)
         )
         progress.level = torch.where(active, _next_level(progress, floor, top), progress.level)
     return progress
