@@ -15,6 +15,7 @@ from lvmppl.tables import nats
 
 ROWS = 40
 NAME = 36  # letters of a fit
+_A_NAT = 1.0  # up to which a fit below the others is kept on the scale
 
 # per kind of log evidence: its words and its mark; a triangle points to where the truth is
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,9 +77,8 @@ def _scale(rows: pd.DataFrame) -> tuple[float, float]:
     ends = numbers + 2 * np.where(np.isfinite(errors), errors, 0.0)
     high = float(ends[np.isfinite(ends)].max())
     lowest = _lowest(rows)
-    usual = 4.0 * (high - float(lowest.median()))
-    kept = lowest[lowest >= high - usual] if usual > 0 else lowest
-    return float(kept.min()), high
+    usual = max(4.0 * (high - float(lowest.median())), _A_NAT)
+    return float(lowest[lowest >= high - usual].min()), high
 
 
 def _row(axes: Axes, place: int, row: pd.Series, low: float, edge: float) -> None:
