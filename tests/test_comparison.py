@@ -219,6 +219,15 @@ def test_levels_that_are_all_alike_have_a_scale_of_nats(gap: float, tmp_path: Pa
     assert picture.axes[0].get_xlim() == pytest.approx((-301.0, -299.0))
 
 
+def test_level_half_a_nat_below_equal_others_is_on_the_scale() -> None:
+    """The others differ by rounding, which is no measure of what is far."""
+    apart = [0.0, 1e-7, 1.5e-6, 0.47]
+    rows = pd.concat([levels().head(1)] * 4).assign(log_evidence=[-180.0 - a for a in apart], elbo=np.nan)
+    picture = evidence_levels(rows)
+    assert picture is not None and not picture.axes[0].texts
+    assert -181.0 < picture.axes[0].get_xlim()[0] < -180.47
+
+
 # ------------------------------------------------------------------------------------------- the page
 
 
